@@ -1,0 +1,5 @@
+"""FPN backbones: ResNet bottom-up trunks and the top-down Feature Pyramid Network."""
+
+from fpn.pyramid import FPN, FPN18, FPN34, FPN50, FPN101, FPN152
+
+__all__ = ["FPN", "FPN18", "FPN34", "FPN50", "FPN101", "FPN152"]

@@ -1,0 +1,263 @@
+"""Top-down pathway: Lin et al., Feature Pyramid Networks for Object Detection (2017), section 3 and figure 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpn.norm import NormLayer, resolve_norm_layer
+from fpn.resnet import ResNet, build
+from fpn.weights import freeze, load_weights
+
+UPSAMPLE: dict[str, dict[str, Any]] = {
+    "bilinear": {"mode": "bilinear", "align_corners": False},
+    "nearest": {"mode": "nearest"},
+}
+
+
+class ExtraLevels(nn.Module):
+    """Levels above the coarsest lateral; in this base class none.
+
+    Args:
+        c5_channels: channels of C5, the coarsest map of the bottom-up pathway.
+        out_channels: channels of P5 and of the levels made here.
+    """
+
+    strides: tuple[int, ...] = ()  # in cells of P5
+
+    def __init__(self, c5_channels: int, out_channels: int) -> None:
+        super().__init__()
+
+    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
+        return []
+
+
+class MaxPoolLevel(ExtraLevels):
+    """P6 as every second cell of P5 (Lin et al. 2017, footnote in section 4.1)."""
+
+    strides = (2,)
+
+    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
+        return [F.max_pool2d(p5, kernel_size=1, stride=2)]
+
+
+class P6P7(ExtraLevels):
+    """P6 from C5, P7 from P6: 3×3 convolutions of stride 2, a ReLU between (Lin et al., Focal Loss, 2017, sec. 4)."""
+
+    strides = (2, 4)
+
+    def __init__(self, c5_channels: int, out_channels: int) -> None:
+        super().__init__(c5_channels, out_channels)
+        self.p6 = make_conv(c5_channels, out_channels, 3, stride=2)
+        self.p7 = make_conv(out_channels, out_channels, 3, stride=2)
+
+    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
+        p6 = self.p6(c5)
+        return [p6, self.p7(F.relu(p6))]
+
+
+class P6P7OnP5(P6P7):
+    """The same with P6 from P5, as in torchvision's first RetinaNet."""
+
+    def __init__(self, c5_channels: int, out_channels: int) -> None:
+        super().__init__(out_channels, out_channels)
+
+    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
+        return super().forward(p5, p5)
+
+
+EXTRA_LEVELS: dict[str | None, type[ExtraLevels]] = {
+    None: ExtraLevels,
+    "maxpool": MaxPoolLevel,
+    "p6p7": P6P7,
+    "p6p7_on_p5": P6P7OnP5,
+}
+
+
+class FPN(nn.Module):
+    """Feature Pyramid Network over any bottom-up module.
+
+    By default the top-down pathway upsamples bilinearly and leaves the coarsest map unsmoothed;
+    `upsample="nearest", smooth_top=True` is the paper's pyramid, and torchvision's, detectron2's and mmdetection's.
+
+    Args:
+        bottom_up: images -> feature maps, finest first, as a sequence or a dict: a trunk of `fpn.resnet`, a timm
+            `features_only` model, torchvision's `create_feature_extractor`, any module of yours.
+        in_channels: channels of those maps. None: as `bottom_up.feature_info` announces them (ours and timm's do).
+        strides: pixels of the image per cell of those maps. None: as announced.
+        out_channels: channels of every level.
+        upsample: "bilinear" (align_corners=False) or "nearest", always to the exact size of the finer lateral.
+        smooth_top: whether the coarsest level has its 3×3 convolution too.
+        extra: levels above: None, "maxpool" (P6), "p6p7" (from C5) or "p6p7_on_p5".
+        norm_layer: `channels -> module` after every lateral and smoothing convolution, which then have no bias.
+
+    Attributes:
+        in_channels: channels of the maps of `bottom_up`.
+        out_channels: channels of every level.
+        strides: pixels of the image per cell of every level, extra levels included.
+
+    Raises:
+        ValueError: an option is unknown, or channels and strides are neither announced nor given.
+    """
+
+    def __init__(
+        self,
+        bottom_up: nn.Module,
+        in_channels: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        *,
+        out_channels: int = 256,
+        upsample: Literal["bilinear", "nearest"] = "bilinear",
+        smooth_top: bool = False,
+        extra: Literal["maxpool", "p6p7", "p6p7_on_p5"] | None = None,
+        norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
+    ) -> None:
+        super().__init__()
+        if upsample not in UPSAMPLE:
+            raise ValueError(f"upsample must be one of {list(UPSAMPLE)}; got {upsample!r}")
+        if extra not in EXTRA_LEVELS:
+            raise ValueError(f"extra must be one of {list(EXTRA_LEVELS)}; got {extra!r}")
+        announced_channels, announced_strides = announced(bottom_up)
+        self.in_channels = tuple(in_channels or announced_channels)
+        map_strides = tuple(strides or announced_strides)
+        if not self.in_channels or len(map_strides) != len(self.in_channels):
+            raise ValueError(
+                "in_channels and strides must give the channels and the stride of each map of bottom_up, finest "
+                f"first, where bottom_up.feature_info does not; got in_channels={in_channels}, strides={strides}, "
+                f"announced {announced_channels} and {announced_strides}"
+            )
+
+        self.bottom_up = bottom_up
+        # Top-down order (C5, C4, C3, C2), the order in which the pathway uses them.
+        self.lateral = nn.ModuleList(
+            make_conv(channels, out_channels, 1, norm_layer=norm_layer) for channels in reversed(self.in_channels)
+        )
+        self.smooth = nn.ModuleList(
+            make_conv(out_channels, out_channels, 3, norm_layer=norm_layer) for _ in self.in_channels
+        )
+        if not smooth_top:
+            self.smooth[0] = nn.Identity()
+        self.extra = EXTRA_LEVELS[extra](self.in_channels[-1], out_channels)
+        self.upsample = upsample
+        self.out_channels = out_channels
+        self.strides = map_strides + tuple(map_strides[-1] * stride for stride in self.extra.strides)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The pyramid, finest level first: P2, P3, P4, P5, then the extra levels.
+
+        Args:
+            images: what `bottom_up` takes; for our trunks Tensor[N, 3, H, W], floating point, any H and W from 1.
+
+        Returns:
+            Tensor[N, out_channels, ceil(H / s), ceil(W / s)] for each s of `strides`. N = 0 gives empty maps.
+
+        Raises:
+            TypeError, ValueError: `images` is not what `bottom_up` takes, or its maps are not those announced.
+        """
+        maps = self._bottom_up_maps(images)
+        laterals = [lateral(c) for lateral, c in zip(self.lateral, reversed(maps), strict=True)]
+        merged = laterals[:1]
+        for lateral in laterals[1:]:
+            merged.append(lateral + F.interpolate(merged[-1], lateral.shape[-2:], **UPSAMPLE[self.upsample]))
+        levels = [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
+        return (*reversed(levels), *self.extra(maps[-1], levels[0]))
+
+    def _bottom_up_maps(self, images: Tensor) -> list[Tensor]:
+        output = self.bottom_up(images)
+        if isinstance(output, Tensor) or not isinstance(output, Mapping | Sequence):
+            raise TypeError(
+                f"bottom_up must return a sequence or a dict of feature maps, finest first; got {type(output).__name__}"
+            )
+        maps = list(output.values() if isinstance(output, Mapping) else output)
+        channels = tuple(c.shape[1] for c in maps)
+        if channels != self.in_channels:
+            raise ValueError(f"bottom_up must return maps of {self.in_channels} channels; got {channels}")
+        return maps
+
+
+def make_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
+) -> nn.Module:
+    """A "same" convolution, LeCun-uniform as torchvision's and detectron2's necks, and its norm if there is one."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=norm_layer is None)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    if norm_layer is None:
+        return conv
+    return nn.Sequential(conv, resolve_norm_layer(norm_layer)(out_channels))
+
+
+def announced(bottom_up: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and strides that `bottom_up.feature_info` announces; empty where there is none."""
+    info: Any = getattr(bottom_up, "feature_info", [])
+    if hasattr(info, "channels"):  # timm's FeatureInfo: only the maps that were asked for
+        return tuple(info.channels()), tuple(info.reduction())
+    return tuple(level["num_chs"] for level in info), tuple(level["reduction"] for level in info)
+
+
+def build_fpn(
+    variant: str,
+    weights: str | Path | None,
+    *,
+    trainable_layers: int = 5,
+    trunk: Mapping[str, Any] | None = None,
+    **pyramid: Any,
+) -> FPN:
+    """An FPN over one of `fpn.resnet.VARIANTS`: built, loaded, then frozen. Arguments as `FPN50`."""
+    model = FPN(build(ResNet, variant, **(trunk or {})), **pyramid)
+    if weights is not None:
+        load_weights(model, weights, variant)
+    freeze(model.bottom_up, trainable_layers)
+    return model
+
+
+def FPN18(weights: str | Path | None = None, **options: Any) -> FPN:
+    """FPN over ResNet-18. Arguments as `FPN50`."""
+    return build_fpn("resnet18", weights, **options)
+
+
+def FPN34(weights: str | Path | None = None, **options: Any) -> FPN:
+    """FPN over ResNet-34. Arguments as `FPN50`."""
+    return build_fpn("resnet34", weights, **options)
+
+
+def FPN50(weights: str | Path | None = None, **options: Any) -> FPN:
+    """FPN over ResNet-50.
+
+    Args:
+        weights: None for random weights; a name of torchvision's for the trunk's ImageNet weights
+            ("IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT"); or the path of a checkpoint, of the trunk alone (a
+            classifier's `fc` is left out) or of the whole FPN.
+        trainable_layers: 0 to 5: how many of layer4, layer3, layer2, layer1 and the stem are trained, from the top.
+            The parameters and batch norm of the others are frozen, as torchvision's `trainable_backbone_layers`
+            says. Default 5.
+        trunk: options of `fpn.resnet.ResNet`, e.g. `{"norm_layer": FrozenBatchNorm2d, "stride_in_1x1": True}`.
+        out_channels, upsample, smooth_top, extra, norm_layer: options of `FPN`.
+
+    Returns:
+        The model, Tensor[N, 3, H, W] -> (P2, P3, P4, P5).
+
+    Raises:
+        ValueError: an option or a name is unknown, or the checkpoint does not fit (`fpn.weights.CheckpointError`).
+        OSError: the weights are not there and cannot be downloaded.
+    """
+    return build_fpn("resnet50", weights, **options)
+
+
+def FPN101(weights: str | Path | None = None, **options: Any) -> FPN:
+    """FPN over ResNet-101, (3, 4, 23, 3) blocks. Arguments as `FPN50`."""
+    return build_fpn("resnet101", weights, **options)
+
+
+def FPN152(weights: str | Path | None = None, **options: Any) -> FPN:
+    """FPN over ResNet-152. Arguments as `FPN50`."""
+    return build_fpn("resnet152", weights, **options)

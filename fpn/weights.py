@@ -1,0 +1,287 @@
+"""Checkpoints in: ImageNet files, reading, transfer with a report, freezing, parameter groups."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpn.norm import freeze_batch_norm
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_URL = "https://download.pytorch.org/models/"
+
+# torchvision's names and files; a name's last eight digits are the start of the file's SHA-256.
+IMAGENET_FILES = {
+    "resnet18": {"IMAGENET1K_V1": "resnet18-f37072fd.pth"},
+    "resnet34": {"IMAGENET1K_V1": "resnet34-b627a593.pth"},
+    "resnet50": {"IMAGENET1K_V1": "resnet50-0676ba61.pth", "IMAGENET1K_V2": "resnet50-11ad3fa6.pth"},
+    "resnet101": {"IMAGENET1K_V1": "resnet101-63fe2227.pth", "IMAGENET1K_V2": "resnet101-cd907fc2.pth"},
+    "resnet152": {"IMAGENET1K_V1": "resnet152-394f9c45.pth", "IMAGENET1K_V2": "resnet152-f82ba261.pth"},
+    "resnext50_32x4d": {
+        "IMAGENET1K_V1": "resnext50_32x4d-7cdf4587.pth",
+        "IMAGENET1K_V2": "resnext50_32x4d-1a0047aa.pth",
+    },
+    "resnext101_32x8d": {
+        "IMAGENET1K_V1": "resnext101_32x8d-8ba56ff5.pth",
+        "IMAGENET1K_V2": "resnext101_32x8d-110c445d.pth",
+    },
+    "resnext101_64x4d": {"IMAGENET1K_V1": "resnext101_64x4d-173b62eb.pth"},
+    "wide_resnet50_2": {
+        "IMAGENET1K_V1": "wide_resnet50_2-95faca4d.pth",
+        "IMAGENET1K_V2": "wide_resnet50_2-9ba9bcbe.pth",
+    },
+    "wide_resnet101_2": {
+        "IMAGENET1K_V1": "wide_resnet101_2-32ee1156.pth",
+        "IMAGENET1K_V2": "wide_resnet101_2-d733dc28.pth",
+    },
+}
+
+BATCH_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+COUNTER = "num_batches_tracked"  # a counter, not a weight: old checkpoints and frozen batch norm lack it
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not fit the model. The model is as it was."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the entries of a checkpoint meet those of a model.
+
+    Attributes:
+        by: "name" or "order".
+        matched: name in the model -> name in the checkpoint.
+        missing: names of the model that the checkpoint lacks.
+        unexpected: names of the checkpoint that the model lacks.
+        mismatched: name in the model -> (its shape, the checkpoint's shape).
+    """
+
+    by: str
+    matched: dict[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: dict[str, tuple[torch.Size, torch.Size]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every entry of the model has its counterpart."""
+        return not self.missing and not self.mismatched
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        lines = [f"{len(self.matched)} of {total} entries matched by {self.by}"]
+        shapes = [f"{name} is {tuple(own)}, given {tuple(given)}" for name, (own, given) in self.mismatched.items()]
+        for label, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                lines.append(f"{len(names)} {label}: {', '.join(names[:5])}{more}")
+        return "; ".join(lines)
+
+
+def match(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> Report:
+    """Pairs the entries of two state dicts by name, or by order where the names differ but the shapes agree."""
+    report = match_by_name(model, checkpoint)
+    if report.complete:
+        return report
+    return match_by_order(model, checkpoint) or report
+
+
+def match_by_name(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> Report:
+    shared = [name for name in model if name in checkpoint]
+    return Report(
+        by="name",
+        matched={name: name for name in shared if model[name].shape == checkpoint[name].shape},
+        missing=tuple(name for name in model if name not in checkpoint and not name.endswith(COUNTER)),
+        unexpected=tuple(name for name in checkpoint if name not in model),
+        mismatched={
+            name: (model[name].shape, checkpoint[name].shape)
+            for name in shared
+            if model[name].shape != checkpoint[name].shape
+        },
+    )
+
+
+def match_by_order(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> Report | None:
+    """The first entries of `checkpoint` paired with those of `model`, or None where any pair disagrees."""
+    for counted in (True, False):
+        own = [name for name in model if counted or not name.endswith(COUNTER)]
+        given = [name for name in checkpoint if counted or not name.endswith(COUNTER)]
+        pairs = dict(zip(own, given, strict=False))
+        if len(given) >= len(own) and all(
+            model[name].shape == checkpoint[other].shape and same_role(name, other, model)
+            for name, other in pairs.items()
+        ):
+            rest = tuple(name for name in given if name not in set(pairs.values()))
+            return Report("order", pairs, missing=(), unexpected=rest, mismatched={})
+    return None
+
+
+def same_role(name: str, other: str, model: Mapping[str, Tensor]) -> bool:
+    """Whether the checkpoint's name `other` may stand for the model's `name`.
+
+    Shapes cannot tell a mean from a variance, nor one of two equal layers from the other: where the last word is one
+    of batch norm's it has to agree, and a name that the model knows stands for itself.
+    """
+    word, other_word = name.rpartition(".")[2], other.rpartition(".")[2]
+    return (other not in model or other == name) and (other_word not in BATCH_NORM_ENTRIES or other_word == word)
+
+
+def transfer(module: nn.Module, checkpoint: Mapping[str, Tensor]) -> Report:
+    """Loads `checkpoint` into `module`: all of the module's entries, or none.
+
+    Args:
+        module: any module; `checkpoint` is matched with its `state_dict()`.
+        checkpoint: names -> tensors, in any dtype and on any device; it may hold more than the module.
+
+    Returns:
+        What was matched, and what of the checkpoint was left over.
+
+    Raises:
+        CheckpointError: an entry of the module is missing or of another shape; the message is the report.
+    """
+    report = match(module.state_dict(), checkpoint)
+    if not report.complete:
+        raise CheckpointError(f"the checkpoint does not fit {type(module).__name__}: {report}")
+    # Not strict, for the counters alone: `complete` has seen to the rest.
+    module.load_state_dict({name: checkpoint[other] for name, other in report.matched.items()}, strict=False)
+    return report
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file that `torch.save` wrote, on the CPU; no code in the file is run (`weights_only`).
+
+    A state dict under "state_dict", "model" or "model_state_dict" is taken out, and a `module.` that
+    DistributedDataParallel put before every name is taken off.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, holds more than tensors and plain containers, or no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}") from error
+    for wrapper in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} holds no state dict (a dict of names and tensors)")
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+
+
+def imagenet_checkpoint(variant: str, name: str) -> Path:
+    """The file of torchvision's ImageNet weights for one of `fpn.resnet.VARIANTS`, downloaded on first use.
+
+    Args:
+        variant: e.g. "resnet50".
+        name: "IMAGENET1K_V1", "IMAGENET1K_V2" or "DEFAULT", the best there is.
+
+    Returns:
+        Its path in torch's cache folder (`torch.hub.get_dir()`/checkpoints), the hash checked.
+
+    Raises:
+        ValueError: there are no weights of that name.
+        OSError: the download failed; the message says what to put where.
+        CheckpointError: the file in the cache is not the one of that name.
+    """
+    files = IMAGENET_FILES[variant]
+    if name != "DEFAULT" and name not in files:
+        raise ValueError(f"no weights {name!r} for {variant}; there are {', '.join(files)} and DEFAULT")
+    filename = files[max(files) if name == "DEFAULT" else name]
+    digest = filename.rpartition("-")[2].removesuffix(".pth")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / filename
+    if not path.exists():
+        url = IMAGENET_URL + filename
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            logger.info("downloading %s to %s", url, path)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=True)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"cannot download the weights {filename} ({error}): fetch {url} yourself and put it into {folder}"
+            ) from error
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not found.startswith(digest):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 starts with {found[:8]}, not {digest}; delete it")
+    return path
+
+
+def load_weights(model: nn.Module, weights: str | Path, variant: str) -> Report:
+    """Loads the weights that `weights` names into an FPN or, where they are a trunk's, into its `bottom_up`.
+
+    Args:
+        model: an `fpn.FPN` over a trunk of `fpn.resnet`.
+        weights: a name of `imagenet_checkpoint`, or the path of a checkpoint file.
+        variant: the trunk's name in `fpn.resnet.VARIANTS`.
+
+    Returns:
+        The report. What the checkpoint has beyond the model is warned about, but for a classifier's `fc`.
+
+    Raises:
+        ValueError, OSError: as `imagenet_checkpoint`, `read_checkpoint` and `transfer`; the model is as it was.
+    """
+    name = str(weights)
+    is_name = name == "DEFAULT" or name.startswith("IMAGENET")
+    path = imagenet_checkpoint(variant, name) if is_name else Path(weights)
+    checkpoint = read_checkpoint(path)
+    whole = any(entry.startswith("bottom_up.") for entry in checkpoint)
+    report = transfer(model if whole else model.get_submodule("bottom_up"), checkpoint)
+    logger.info("%s: %s", path, report)
+    surplus = [entry for entry in report.unexpected if not entry.startswith("fc.")]
+    if surplus:
+        warnings.warn(f"{path} has entries that were not loaded: {report}", stacklevel=2)
+    return report
+
+
+def freeze(trunk: nn.Module, trainable_layers: int) -> None:
+    """Freezes all but the last `trainable_layers` of a ResNet's stem, layer1, layer2, layer3 and layer4, in place.
+
+    Frozen parameters take no gradient, and frozen batch norm becomes `FrozenBatchNorm2d`: `train()` does not wake it.
+
+    Args:
+        trunk: a trunk of `fpn.resnet`.
+        trainable_layers: 0 (nothing is trained) to 5 (everything is).
+
+    Raises:
+        ValueError: `trainable_layers` is not in 0..5.
+    """
+    if not 0 <= trainable_layers <= 5:
+        raise ValueError(f"trainable_layers must be 0 to 5; got {trainable_layers}")
+    stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+    for stage in stages[: 5 - trainable_layers]:
+        for name in stage:
+            frozen = freeze_batch_norm(trunk.get_submodule(name)).requires_grad_(False)
+            setattr(trunk, name, frozen)
+
+
+def parameter_groups(model: nn.Module, trunk: nn.Module, *, lr: float, trunk_lr: float) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer: the trunk at `trunk_lr`, the rest at `lr`, frozen parameters left out.
+
+    Args:
+        model: the whole detector, or an `FPN`.
+        trunk: the part of it that learns at another rate, e.g. `detector.backbone.bottom_up`.
+        lr: learning rate of the rest.
+        trunk_lr: learning rate of `trunk`.
+    """
+    in_trunk = set(trunk.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter in in_trunk], "lr": trunk_lr},
+        {"params": [parameter for parameter in trained if parameter not in in_trunk], "lr": lr},
+    ]

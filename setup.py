@@ -1,0 +1,47 @@
+"""Distribution metadata. `kernels/` sits at the top of the repository and installs as `roi.kernels`.
+
+A top-level `kernels` package in site-packages would overwrite Hugging Face's library of that name.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# NVRTC and the runtime headers come as wheels, so that no CUDA toolkit has to be installed on the machine.
+CUDA12 = ["cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"]
+CUDA13 = ["cupy-cuda13x", "nvidia-cuda-nvrtc>=13", "nvidia-cuda-runtime>=13"]
+DEMO = ["pillow", "matplotlib"]
+
+setup(
+    name="fpn-roi",
+    version="0.1.0",
+    description="ResNet-FPN backbones and RoI operators for PyTorch detectors, with no compiled extension",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "torchvision", "numpy"],
+    extras_require={
+        "cuda12": CUDA12,
+        "cuda13": CUDA13,
+        "demo": DEMO,
+        "test": ["pytest", "timm", *DEMO, *CUDA12],
+        "lint": ["ruff", "mypy"],
+    },
+    packages=["fpn", "roi", "roi.kernels"],
+    package_dir={"roi.kernels": "kernels"},
+    package_data={
+        "fpn": ["py.typed", "photos/*"],
+        "roi": ["py.typed"],
+        "roi.kernels": ["py.typed", "*.cu", "*.cuh"],
+    },
+    zip_safe=False,
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
