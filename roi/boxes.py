@@ -1,0 +1,104 @@
+"""Box formats and their checks: what the RoI operators accept, brought to one form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Boxes = Tensor | Sequence[Tensor]
+
+
+def as_rois(boxes: Boxes, input: Tensor) -> Tensor:
+    """One Tensor[K, 5] of rows (batch index, x1, y1, x2, y2) on the device of `input`, float32 or float64.
+
+    Args:
+        boxes: Tensor[K, 5] of such rows, or one Tensor[Ki, 4] of (x1, y1, x2, y2) for each image of the batch. Any
+            floating-point dtype; half precision is widened, for it cannot hold pixel coordinates beyond 2048 exactly.
+        input: the features, Tensor[N, C, H, W].
+
+    Raises:
+        TypeError: `boxes` is neither, or not floating point.
+        ValueError: a shape, the number of boxes' tensors or a device is wrong.
+    """
+    if isinstance(boxes, Tensor):
+        check_boxes(boxes, "boxes", 5, input)
+        return widened(boxes)
+    if not isinstance(boxes, Sequence):
+        raise TypeError(f"boxes must be a Tensor[K, 5] or a list of Tensor[Ki, 4]; got {type(boxes).__name__}")
+    if len(boxes) != input.shape[0]:
+        raise ValueError(
+            f"boxes must be a list of one Tensor[Ki, 4] per image; got {len(boxes)} for a batch of {input.shape[0]}"
+        )
+    for image, per_image in enumerate(boxes):
+        check_boxes(per_image, f"boxes[{image}]", 4, input)
+    if not boxes:
+        return input.new_empty((0, 5), dtype=torch.float32)
+    coordinates = widened(torch.cat(list(boxes)))
+    index = torch.cat([coordinates.new_full((len(part), 1), image) for image, part in enumerate(boxes)])
+    return torch.cat([index, coordinates], dim=1)
+
+
+def widened(boxes: Tensor) -> Tensor:
+    return boxes if boxes.dtype == torch.float64 else boxes.float()
+
+
+def check_boxes(boxes: Tensor, name: str, columns: int, input: Tensor) -> None:
+    form = f"{name} must be a floating-point Tensor[K, {columns}] on {input.device}"
+    if not isinstance(boxes, Tensor):
+        raise TypeError(f"{form}; got {type(boxes).__name__}")
+    if boxes.dim() != 2 or boxes.shape[1] != columns:
+        raise ValueError(f"{form}; got shape {tuple(boxes.shape)}")
+    if not boxes.is_floating_point():
+        raise TypeError(f"{form}; got {boxes.dtype}")
+    if boxes.device != input.device:
+        raise ValueError(f"{form}; got one on {boxes.device}")
+
+
+def check_content(rois: Tensor, batch_size: int) -> None:
+    """Raise a ValueError that names the first row of `rois` with a non-finite number or a batch index off the batch.
+
+    It reads the content: on CUDA that would synchronise, so there such rows come out as NaN instead.
+    """
+    bad = ~valid_rows(rois, batch_size)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"boxes must hold finite coordinates and batch indices in [0, {batch_size}); "
+            f"row {row} is {rois[row].tolist()}"
+        )
+
+
+def valid_rows(rois: Tensor, batch_size: int) -> Tensor:
+    """Tensor[K] of bool: which rows are finite and name an image of the batch."""
+    index = rois[:, 0]
+    return rois.isfinite().all(dim=1) & (index >= 0) & (index < batch_size)
+
+
+def check_input(input: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor[N, C, H, W]; got {type(input).__name__}")
+    if input.dim() != 4:
+        raise ValueError(f"input must be a Tensor[N, C, H, W]; got shape {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point; got {input.dtype}")
+    if input.shape[2] < 1 or input.shape[3] < 1:
+        raise ValueError(f"input must have at least one cell; got shape {tuple(input.shape)}")
+
+
+def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in bins of `output_size`, an int or a pair of them, each at least 1."""
+    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+        raise ValueError(f"output_size must be an int or a pair of ints, at least 1; got {output_size!r}")
+    return pair[0], pair[1]
+
+
+def check_scale(spatial_scale: float) -> float:
+    """`spatial_scale` as a float: cells of the map per unit of the boxes, finite and positive."""
+    scale = float(spatial_scale)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"spatial_scale must be finite and positive; got {spatial_scale!r}")
+    return scale

@@ -1,0 +1,30 @@
+"""What the operators' outputs are made of, said once for both paths and for the fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where `x` is that and not contiguous too (as with one channel); contiguous otherwise."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def argmax_dtype(height: int, width: int) -> torch.dtype:
+    """The integer that holds any cell y·width + x of a map."""
+    return torch.int32 if height * width < 2**31 else torch.int64
+
+
+def empty_pooled(input: Tensor, rois: int, pooled_height: int, pooled_width: int) -> Tensor:
+    """Tensor[rois, C, pooled_height, pooled_width] in the dtype and memory format of `input`, Tensor[N, C, H, W]."""
+    shape = (rois, input.shape[1], pooled_height, pooled_width)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def empty_argmax(input: Tensor, output: Tensor, with_argmax: bool) -> Tensor:
+    """A tensor of cells like `output`, or Tensor[0] where none is asked for."""
+    dtype = argmax_dtype(input.shape[2], input.shape[3])
+    return torch.empty_like(output, dtype=dtype) if with_argmax else output.new_empty(0, dtype=dtype)

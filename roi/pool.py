@@ -1,0 +1,174 @@
+"""RoI max pooling: Girshick, Fast R-CNN (2015), section 2.1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from roi import backend as backends
+from roi.boxes import Boxes, as_rois, check_content, check_input, check_scale, output_pair
+from roi.layout import empty_argmax, empty_pooled, memory_format
+from roi.torch_path import roi_pool_gather
+
+NAMESPACE = "fpn_roi"
+
+
+def roi_pool(
+    input: Tensor,
+    boxes: Boxes,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The maximum of the features in each bin of each RoI. In place of `torchvision.ops.roi_pool`.
+
+    A box's corners, times `spatial_scale` and rounded half away from zero, are the first and the last cell of its RoI
+    (at least one cell). Bin p of P covers its cells floor(p·h/P) … ceil((p+1)·h/P), by integer arithmetic, and of them
+    those that lie on the map. A bin with none is 0 and takes no gradient; NaN in a bin gives NaN. torchvision's float32
+    bins reach one row or column beyond the RoI at a few sizes (7 bins over 57, 114 or 121 cells); these do not.
+
+    Args:
+        input: Tensor[N, C, H, W], floating point. Contiguous and channels_last features are each read as they lie.
+        boxes: Tensor[K, 5] of (batch index, x1, y1, x2, y2), or for each of the N images a Tensor[Ki, 4] of
+            (x1, y1, x2, y2); of any floating-point dtype, whatever that of `input`. Float64 coordinates are rounded in
+            float64, all others in float32.
+        output_size: bins, an int or (height, width).
+        spatial_scale: cells of the map per unit of the boxes: 1/16 for boxes in pixels and a map of stride 16.
+        backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
+
+    Returns:
+        Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input`, twice too.
+        On CUDA, a row with a non-finite number or a batch index outside [0, N) comes out as NaN.
+
+    Raises:
+        TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.
+        RuntimeError: backend="cupy" where it cannot run; the message says what to install.
+    """
+    check_input(input)
+    rois = as_rois(boxes, input)
+    height, width = output_pair(output_size)
+    with_argmax = torch.is_grad_enabled() and input.requires_grad
+    output, _ = torch.ops.fpn_roi.roi_pool(
+        input, rois, check_scale(spatial_scale), height, width, with_argmax, backends.check_backend(backend)
+    )
+    return cast(Tensor, output)
+
+
+class RoIPool(nn.Module):
+    """`roi_pool` with fixed options. In place of `torchvision.ops.RoIPool`.
+
+    Args:
+        output_size: bins, an int or (height, width).
+        spatial_scale: cells of the map per unit of the boxes.
+        backend: "auto", "torch" or "cupy".
+    """
+
+    def __init__(self, output_size: int | Sequence[int], spatial_scale: float, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.backend = backend
+
+    def forward(self, input: Tensor, rois: Boxes) -> Tensor:
+        """`roi_pool(input, rois, …)`: Tensor[N, C, H, W] and boxes -> Tensor[K, C, height, width]."""
+        return roi_pool(input, rois, self.output_size, self.spatial_scale, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, backend={self.backend!r}"
+
+
+# The operators that PyTorch's dispatcher knows. Two: the gradient is an operator, so that it has a gradient of its own.
+
+torch.library.define(
+    f"{NAMESPACE}::roi_pool",
+    "(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, bool with_argmax, "
+    "str backend) -> (Tensor output, Tensor argmax)",
+)
+torch.library.define(
+    f"{NAMESPACE}::roi_pool_backward",
+    "(Tensor grad, Tensor rois, Tensor argmax, float spatial_scale, SymInt batch, SymInt channels, SymInt height, "
+    "SymInt width, str backend) -> Tensor",
+)
+
+
+@torch.library.impl(f"{NAMESPACE}::roi_pool", "CompositeExplicitAutograd")
+def _roi_pool(
+    input: Tensor, rois: Tensor, scale: float, height: int, width: int, with_argmax: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    if rois.device.type == "cpu":
+        check_content(rois, input.shape[0])
+    pooled = backends.run("roi_pool", input.device, backend, input, rois, scale, height, width, with_argmax)
+    return cast(tuple[Tensor, Tensor], pooled)
+
+
+@torch.library.impl(f"{NAMESPACE}::roi_pool_backward", "CompositeExplicitAutograd")
+def _roi_pool_backward(
+    grad: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    scale: float,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    backend: str,
+) -> Tensor:
+    args = (grad, rois, argmax, scale, batch, channels, height, width)
+    return cast(Tensor, backends.run("roi_pool_backward", grad.device, backend, *args))
+
+
+def _fake_roi_pool(
+    input: Tensor, rois: Tensor, scale: float, height: int, width: int, with_argmax: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    output = empty_pooled(input, rois.shape[0], height, width)
+    return output, empty_argmax(input, output, with_argmax)
+
+
+def _fake_roi_pool_backward(
+    grad: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    scale: float,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    backend: str,
+) -> Tensor:
+    shape = (batch, channels, height, width)
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(argmax))
+
+
+def _save_for_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, rois, ctx.scale, _, _, with_argmax, ctx.backend = inputs
+    if not with_argmax:
+        raise RuntimeError("fpn_roi::roi_pool was called with_argmax=False on features that require a gradient")
+    ctx.shape = input.shape
+    ctx.save_for_backward(rois, output[1])
+
+
+def _pool_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    rois, argmax = ctx.saved_tensors
+    grad_input = torch.ops.fpn_roi.roi_pool_backward(grad, rois, argmax, ctx.scale, *ctx.shape, ctx.backend)
+    return (grad_input, *[None] * 6)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, rois, argmax, *_ = inputs
+    ctx.save_for_backward(rois, argmax)
+
+
+def _backward_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (roi_pool_gather(grad_grad, *ctx.saved_tensors), *[None] * 8)
+
+
+torch.library.register_fake(f"{NAMESPACE}::roi_pool", _fake_roi_pool)
+torch.library.register_fake(f"{NAMESPACE}::roi_pool_backward", _fake_roi_pool_backward)
+torch.library.register_autograd(f"{NAMESPACE}::roi_pool", _pool_backward, setup_context=_save_for_pool)
+torch.library.register_autograd(
+    f"{NAMESPACE}::roi_pool_backward", _backward_backward, setup_context=_save_for_backward
+)

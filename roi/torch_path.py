@@ -1,0 +1,185 @@
+"""The pure-torch implementations of the RoI operators."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d_with_indices
+
+from roi.boxes import valid_rows
+from roi.layout import empty_argmax, empty_pooled, memory_format
+
+BINS_AT_ONCE = 2**20  # of the backward pass, to bound the memory of their 64-bit positions
+MAX_CELL = 2**30  # coordinates saturate here, so that a window's bins are exact in 32-bit integers everywhere
+EVERY = slice(None)
+
+
+class Window(NamedTuple):
+    """One RoI on the map, in cells, not clipped to it."""
+
+    image: int
+    y: int
+    x: int
+    height: int
+    width: int
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """C's `round`; `torch.round` rounds halves to even."""
+    whole = x.trunc()
+    return whole + torch.where((x - whole).abs() >= 0.5, x.sign(), 0)
+
+
+def roi_windows(rois: Tensor, spatial_scale: float) -> list[Window]:
+    """The windows of Tensor[K, 5] `rois`: both ends inclusive, at least one cell. Rows must be finite."""
+    cells = round_half_away(rois[:, 1:] * spatial_scale).clamp(-MAX_CELL, MAX_CELL).to(torch.int64)
+    x1, y1, x2, y2 = cells.unbind(1)
+    height, width = (y2 - y1 + 1).clamp(min=1), (x2 - x1 + 1).clamp(min=1)
+    image = rois[:, 0].to(torch.int64)
+    return [Window(*row) for row in torch.stack([image, y1, x1, height, width], dim=1).tolist()]
+
+
+class Side(NamedTuple):
+    """One side of a window that leaves the map, in a form that adaptive pooling can take."""
+
+    bins: slice  # those that meet the map
+    cells: list[int]  # of the clipped side, counted from its start; adaptive pooling of these gives those bins
+
+
+def clipped_side(start: int, size: int, bins: int, limit: int) -> Side:
+    """The bins of a side [start, start + size) that meets the map [0, limit).
+
+    Bin p is floor(p·size/bins) … ceil((p+1)·size/bins) of the unclipped side. Each is clipped, then brought to one
+    length by repeating its last cell, which changes neither its maximum nor where that is first found.
+    """
+    edges = [(start + p * size // bins, start - (-(p + 1) * size // bins)) for p in range(bins)]
+    clipped = {p: range(max(lo, 0), min(hi, limit)) for p, (lo, hi) in enumerate(edges) if hi > 0 and lo < limit}
+    longest = max(map(len, clipped.values()))
+    first = max(start, 0)
+    cells = [bin[min(i, len(bin) - 1)] - first for bin in clipped.values() for i in range(longest)]
+    return Side(slice(min(clipped), max(clipped) + 1), cells)
+
+
+def gathered(crop: Tensor, down: Side, across: Side) -> Tensor:
+    """The cells `down` × `across` of Tensor[H, W, …] `crop`."""
+    rows, columns = (torch.tensor(side.cells, device=crop.device) for side in (down, across))
+    cells = (rows[:, None] * crop.shape[1] + columns).flatten()
+    return crop.flatten(0, 1).index_select(0, cells).unflatten(0, (len(rows), len(columns)))
+
+
+def roi_pool(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, with_argmax: bool
+) -> tuple[Tensor, Tensor]:
+    """RoI max pooling (Girshick, Fast R-CNN, 2015, section 2.1), one `adaptive_max_pool2d` per RoI.
+
+    Adaptive pooling has the bins of RoIPool, and its vectorised kernel for channels_last crops is what makes it fast:
+    every crop is taken in that format.
+
+    Args:
+        input: Tensor[N, C, H, W], any floating-point dtype.
+        rois: Tensor[K, 5] of (batch index, x1, y1, x2, y2), float32 or float64.
+        spatial_scale: cells of the map per unit of the boxes.
+        pooled_height, pooled_width: bins of the output.
+        with_argmax: whether to keep what the gradient needs.
+
+    Returns:
+        output: Tensor[K, C, pooled_height, pooled_width]; a row that is not finite or off the batch is NaN.
+        argmax: the same shape, integer: the cell y·W + x of the first maximum, -1 for an empty bin; Tensor[0]
+            where it was not asked for.
+    """
+    batch, _, height, width = input.shape
+    output = empty_pooled(input, len(rois), pooled_height, pooled_width)
+    argmax = empty_argmax(input, output, with_argmax)
+    if output.numel() == 0:
+        return output, argmax
+
+    valid = valid_rows(rois, batch)
+    windows = roi_windows(torch.where(valid[:, None], rois, 0), spatial_scale)
+    area = sum(min(w.height, height) * min(w.width, width) for w in windows)
+    if area > batch * height * width:  # else it is less work to convert each crop
+        input = input.contiguous(memory_format=torch.channels_last)
+    maps = input.permute(0, 2, 3, 1)
+    grid = torch.arange(height * width, dtype=argmax.dtype, device=input.device).view(height, width)
+
+    for k, (accepted, (image, y, x, h, w)) in enumerate(zip(valid.tolist(), windows, strict=True)):
+        top, bottom, left, right = max(y, 0), min(y + h, height), max(x, 0), min(x + w, width)
+        if not (accepted and top < bottom and left < right):
+            output[k].fill_(0 if accepted else torch.nan)
+            argmax[k : k + 1].fill_(-1)
+            continue
+        crop = maps[image, top:bottom, left:right].contiguous()
+        cells = grid[top:bottom, left:right]
+        bins = EVERY, EVERY
+        if bottom - top != h or right - left != w:
+            output[k].fill_(0)
+            argmax[k : k + 1].fill_(-1)
+            down, across = clipped_side(y, h, pooled_height, height), clipped_side(x, w, pooled_width, width)
+            crop, cells = gathered(crop, down, across), gathered(cells, down, across)
+            bins = down.bins, across.bins
+        target = output[k, :, bins[0], bins[1]]
+        maximum, index = adaptive_max_pool2d_with_indices(crop[None].permute(0, 3, 1, 2), target.shape[1:])
+        target.copy_(maximum[0])
+        if with_argmax:
+            # `take` would do too, at three times the cost
+            found = cells.flatten().index_select(0, index.permute(0, 2, 3, 1).flatten())
+            argmax[k, :, bins[0], bins[1]] = found.view(*target.shape[1:], -1).permute(2, 0, 1)
+    return output, argmax
+
+
+def roi_pool_backward(
+    grad: Tensor, rois: Tensor, argmax: Tensor, spatial_scale: float, batch: int, channels: int, height: int, width: int
+) -> Tensor:
+    """Gradient of `roi_pool` with respect to its input: each bin's gradient is added at the bin's argmax.
+
+    Half precision is accumulated in float32.
+
+    Args:
+        grad: Tensor[K, C, pooled_height, pooled_width].
+        rois, spatial_scale: those of the forward pass.
+        argmax: as `roi_pool` gave it.
+        batch, channels, height, width: shape of the forward pass's input.
+
+    Returns:
+        Tensor[N, C, H, W] of the dtype of `grad`, in the memory format of `argmax`.
+    """
+    layout = memory_format(argmax)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = torch.zeros((batch, channels, height, width), dtype=wide, device=grad.device).to(memory_format=layout)
+    sums = flat(total, layout)
+    chunk = max(1, BINS_AT_ONCE // (grad[:1].numel() or 1))
+    for part in range(0, len(rois), chunk):
+        some = slice(part, part + chunk)
+        found = argmax[some]
+        kept = torch.where(found >= 0, grad[some].to(wide), 0).contiguous(memory_format=layout)
+        sums.scatter_add_(0, flat(positions(found, rois[some], height, width), layout), flat(kept, layout))
+    return total.to(grad.dtype)
+
+
+def roi_pool_gather(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
+    """The values of `features`, Tensor[N, C, H, W], at `argmax`, and 0 where there is none: the pooling of a tangent.
+
+    It is the adjoint of `roi_pool_backward`, and so its gradient. Built of differentiable operators.
+    """
+    layout = memory_format(argmax)
+    index = positions(argmax, rois, *features.shape[2:])
+    values = flat(features.contiguous(memory_format=layout), layout)[index]
+    return torch.where(argmax >= 0, values, 0)
+
+
+def positions(argmax: Tensor, rois: Tensor, height: int, width: int) -> Tensor:
+    """Where in the memory of a Tensor[N, C, height, width] in the format of `argmax` each cell lies; 0 for none."""
+    channels = argmax.shape[1]
+    channel = torch.arange(channels, device=argmax.device).view(1, channels, 1, 1)
+    image = rois[:, 0].to(torch.int64).view(-1, 1, 1, 1)
+    if memory_format(argmax) is torch.channels_last:
+        position = (argmax + image * (height * width)) * channels + channel
+    else:
+        position = argmax + (image * channels + channel) * (height * width)
+    return torch.where(argmax >= 0, position, 0)
+
+
+def flat(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """`x`, which has that format, as a vector in the order of its memory."""
+    return (x.permute(0, 2, 3, 1) if layout is torch.channels_last else x).reshape(-1)

@@ -1,0 +1,30 @@
+"""How the tests compare tensors, and the random weights that they compare on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖ in float64; NaN anywhere gives NaN, which is below no tolerance."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random affine terms and statistics in every norm layer, of the size that training leaves there."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d | nn.GroupNorm) or hasattr(norm, "running_var"):
+            for name, low, high in (
+                ("weight", 0.5, 1.2),
+                ("bias", -0.5, 0.5),
+                ("running_mean", -0.3, 0.3),
+                ("running_var", 0.5, 2.0),
+            ):
+                value = getattr(norm, name, None)
+                if value is not None:
+                    value.data.uniform_(low, high, generator=generator)
+    return module
