@@ -69,8 +69,13 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One pass over x, and under autocast x keeps its dtype; multiplying by float32 buffers would widen it.
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        # batch_norm would keep x for the gradients of scale and shift, which nobody wants here.
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        y = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        return y.to(x.dtype)  # under autocast x is narrower than the buffers
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"

@@ -90,8 +90,8 @@ def check_input(input: Tensor) -> None:
 
 def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) in bins of `output_size`, an int or a pair of them, each at least 1."""
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+    pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
+    if len(pair) != 2 or not all(isinstance(side, int | torch.SymInt) and side >= 1 for side in pair):
         raise ValueError(f"output_size must be an int or a pair of ints, at least 1; got {output_size!r}")
     return pair[0], pair[1]
 

@@ -28,8 +28,10 @@ def roi_pool(
 
     A box's corners, times `spatial_scale` and rounded half away from zero, are the first and the last cell of its RoI
     (at least one cell). Bin p of P covers its cells floor(p·h/P) … ceil((p+1)·h/P), by integer arithmetic, and of them
-    those that lie on the map. A bin with none is 0 and takes no gradient; NaN in a bin gives NaN. torchvision's float32
-    bins reach one row or column beyond the RoI at a few sizes (7 bins over 57, 114 or 121 cells); these do not.
+    those that lie on the map. A bin with none is 0 and takes no gradient; NaN in a bin gives NaN.
+
+    torchvision computes the bins in the dtype of the features, so that at a few sizes one of them is a row or a column
+    too large and may leave the RoI (7 bins over 57, 114 or 121 cells in float32); and it passes over NaN.
 
     Args:
         input: Tensor[N, C, H, W], floating point. Contiguous and channels_last features are each read as they lie.
@@ -169,6 +171,4 @@ def _backward_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]
 torch.library.register_fake(f"{NAMESPACE}::roi_pool", _fake_roi_pool)
 torch.library.register_fake(f"{NAMESPACE}::roi_pool_backward", _fake_roi_pool_backward)
 torch.library.register_autograd(f"{NAMESPACE}::roi_pool", _pool_backward, setup_context=_save_for_pool)
-torch.library.register_autograd(
-    f"{NAMESPACE}::roi_pool_backward", _backward_backward, setup_context=_save_for_backward
-)
+torch.library.register_autograd(f"{NAMESPACE}::roi_pool_backward", _backward_backward, setup_context=_save_for_backward)

@@ -66,7 +66,7 @@ def gathered(crop: Tensor, down: Side, across: Side) -> Tensor:
     """The cells `down` × `across` of Tensor[H, W, …] `crop`."""
     rows, columns = (torch.tensor(side.cells, device=crop.device) for side in (down, across))
     cells = (rows[:, None] * crop.shape[1] + columns).flatten()
-    return crop.flatten(0, 1).index_select(0, cells).unflatten(0, (len(rows), len(columns)))
+    return crop.flatten(0, 1).index_select(0, cells).view(len(rows), len(columns), *crop.shape[2:])
 
 
 def roi_pool(
@@ -86,8 +86,8 @@ def roi_pool(
 
     Returns:
         output: Tensor[K, C, pooled_height, pooled_width]; a row that is not finite or off the batch is NaN.
-        argmax: the same shape, integer: the cell y·W + x of the first maximum, -1 for an empty bin; Tensor[0]
-            where it was not asked for.
+        argmax: the same shape, integer: the cell y·W + x of the first maximum (of the last NaN where there is
+            one), -1 for an empty bin; Tensor[0] where it was not asked for.
     """
     batch, _, height, width = input.shape
     output = empty_pooled(input, len(rois), pooled_height, pooled_width)
@@ -119,7 +119,9 @@ def roi_pool(
             crop, cells = gathered(crop, down, across), gathered(cells, down, across)
             bins = down.bins, across.bins
         target = output[k, :, bins[0], bins[1]]
-        maximum, index = adaptive_max_pool2d_with_indices(crop[None].permute(0, 3, 1, 2), target.shape[1:])
+        maximum, index = adaptive_max_pool2d_with_indices(
+            crop[None].permute(0, 3, 1, 2), (target.shape[1], target.shape[2])
+        )
         target.copy_(maximum[0])
         if with_argmax:
             # `take` would do too, at three times the cost

@@ -67,7 +67,9 @@ def test_variant_computes_what_torchvision_computes(name: str) -> None:
 
 @pytest.mark.torchvision
 @MODES
-@pytest.mark.parametrize("dilated", [(False, False, True), (False, True, True), (True, True, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "dilated", [(False, False, True), (False, True, True), (True, True, True), (True, False, True)]
+)
 def test_dilation_is_torchvisions(dilated: tuple[bool, bool, bool], training: bool) -> None:
     import torchvision
 
@@ -219,6 +221,26 @@ def test_frozen_batch_norm_is_batch_norm_in_eval_mode(norm: type[nn.BatchNorm2d]
     assert not list(frozen.parameters())
     back = norm(7)
     back.load_state_dict(frozen.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_frozen_batch_norm_with_a_gradient(dtype: torch.dtype) -> None:
+    """The other branch: the same values, the gradient of batch norm, x's dtype kept, and x itself not kept alive."""
+    layer = randomise(nn.BatchNorm2d(7)).double().eval()
+    frozen = FrozenBatchNorm2d.from_batch_norm(layer).to(torch.promote_types(dtype, torch.float32))
+    x = torch.randn(3, 7, 5, 4, dtype=torch.float64).to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        y = frozen(x)
+    assert y.dtype == dtype
+    assert max(saved, default=0) < x.numel()
+    grad = torch.randn(x.shape, dtype=torch.float64).to(dtype)
+    y.backward(grad)
+    layer(wide).backward(grad.double())
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert relative_error(y, layer(wide)) < tolerance
+    assert relative_error(x.grad, wide.grad) < tolerance
 
 
 def test_frozen_batch_norm_needs_statistics() -> None:

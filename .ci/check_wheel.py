@@ -1,0 +1,22 @@
+"""Fails unless the wheel named on the command line holds what users need and nothing that would clash."""
+
+import sys
+import zipfile
+
+REQUIRED = {
+    "fpn/__main__.py",
+    "fpn/py.typed",
+    "fpn/photos/astronaut.jpg",
+    "roi/py.typed",
+    "roi/kernels/__init__.py",
+    "roi/kernels/roi_common.cuh",
+    "roi/kernels/roi_pool.cu",
+}
+TOP_LEVEL = {"fpn", "roi"}
+
+names = set(zipfile.ZipFile(sys.argv[1]).namelist())
+top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+missing = REQUIRED - names
+if missing or top_level != TOP_LEVEL:
+    sys.exit(f"missing from the wheel: {sorted(missing)}; at its top level: {sorted(top_level)}, not {sorted(TOP_LEVEL)}")
+print(f"{len(names)} files, at the top level {sorted(top_level)}")

@@ -1,0 +1,180 @@
+"""What the demo does with a model and a photo: one timed forward pass, and boxes pooled from their levels."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fpn.photo import Photo, to_tensor
+from fpn.pyramid import FPN
+from roi import roi_pool
+
+ROI_SIZE = 7
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one forward pass.
+
+    Attributes:
+        bottom_up: the trunk, C2 to C5.
+        levels: the lateral and the smoothing convolution of each level, finest first.
+        total: everything, with the merging: upsampling and addition.
+    """
+
+    bottom_up: float
+    levels: tuple[float, ...]
+    total: float
+
+    @property
+    def merging(self) -> float:
+        return self.total - self.bottom_up - sum(self.levels)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the model made of a photo, on the CPU.
+
+    Attributes:
+        pyramid: P2 to P5, Tensor[1, C, h, w].
+        strides: of each level, pixels of the model's input per cell.
+        boxes: Tensor[K, 4] in pixels of the photo.
+        model_boxes: Tensor[K, 4] in pixels of the model's input.
+        levels: for each box, the k of the level Pk that it is pooled from.
+        rois: Tensor[K, C, 7, 7].
+        times: of the forward pass.
+    """
+
+    pyramid: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+    boxes: Tensor
+    model_boxes: Tensor
+    levels: tuple[int, ...]
+    rois: Tensor
+    times: Times
+
+    def save(self, path: Path) -> None:
+        """Writes the arrays that `--help` lists."""
+        arrays: dict[str, Any] = {f"p{k}": level.numpy() for k, level in enumerate(self.pyramid, start=2)}
+        arrays |= {"boxes": self.boxes.numpy(), "model_boxes": self.model_boxes.numpy()}
+        arrays |= {"levels": np.array(self.levels), "rois": self.rois.numpy()}
+        np.savez(path, **arrays)
+
+
+@torch.inference_mode()
+def run_model(model: FPN, photo: Photo, boxes: Sequence[Box], calibrate: bool) -> Result:
+    """Runs the model, on the device where it is, and pools the boxes.
+
+    Args:
+        model: in eval mode.
+        photo: as read.
+        boxes: in pixels of the photo.
+        calibrate: give batch norm the photo's statistics first.
+    """
+    device = next(model.parameters()).device
+    images = to_tensor(photo.image).to(device)
+    if calibrate:
+        calibrate_batch_norm(model, images)
+    else:
+        model(images)  # a warm-up, as calibration is: memory is allocated, algorithms are chosen
+    pyramid, times = timed_forward(model, images)
+    photo_boxes = torch.tensor(boxes, dtype=torch.float32)
+    model_boxes = photo_boxes * torch.tensor(photo.scale * 2)
+    levels = tuple(assign_level(box) for box in model_boxes.tolist())
+    rois = pool_boxes(pyramid, model.strides, model_boxes.to(device), levels)
+    on_cpu = tuple(level.cpu() for level in pyramid)
+    return Result(on_cpu, model.strides, photo_boxes, model_boxes, levels, rois.cpu(), times)
+
+
+def calibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
+    """Sets the running statistics of every batch norm to those of its own input, layer after layer."""
+
+    def adopt(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        (x,) = inputs
+        if x[:, 0].numel() > 1:  # one cell has no variance
+            norm.running_var, norm.running_mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(adopt) for norm in norms]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def timed_forward(model: FPN, images: Tensor) -> tuple[tuple[Tensor, ...], Times]:
+    """One forward pass and its times: from before a module's forward to after it, on the device's own clock."""
+    clock = Clock(images.device)
+    marks: defaultdict[nn.Module, list[Any]] = defaultdict(list)
+
+    def mark(module: nn.Module, *_: object) -> None:
+        marks[module].append(clock.mark())
+
+    parts = [model, model.bottom_up, *model.lateral, *model.smooth]
+    hooks = [part.register_forward_pre_hook(mark) for part in parts]
+    hooks += [part.register_forward_hook(mark) for part in parts]
+    pyramid = model(images)
+    for hook in hooks:
+        hook.remove()
+
+    ms = {part: clock.milliseconds(*marks[part]) for part in parts}
+    top_down = [ms[lateral] + ms[smooth] for lateral, smooth in zip(model.lateral, model.smooth, strict=True)]
+    return pyramid, Times(ms[model.bottom_up], tuple(reversed(top_down)), ms[model])
+
+
+class Clock:
+    """Marks on a device's timeline: events on CUDA, which do not stall it; elsewhere the clock of the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def mark(self) -> Any:
+        if self.device.type == "cuda":
+            event: Any = torch.cuda.Event  # torch has no types for it
+            return torch.cuda.current_stream(self.device).record_event(event(enable_timing=True))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        if self.device.type == "cuda":
+            end.synchronize()
+            return float(start.elapsed_time(end))
+        return 1000 * float(end - start)
+
+
+def assign_level(box: Sequence[float]) -> int:
+    """The k of the level Pk for a box in pixels of the model's input: Lin et al. 2017, eq. 1, from 2 to 5."""
+    x1, y1, x2, y2 = box
+    k = math.floor(4 + math.log2(math.sqrt((x2 - x1) * (y2 - y1)) / 224 + 1e-8))
+    return min(max(k, 2), 5)
+
+
+def pool_boxes(pyramid: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Sequence[int]) -> Tensor:
+    """Every box pooled from its level.
+
+    Args:
+        pyramid: P2, P3, …, Tensor[1, C, h, w].
+        strides: of each level.
+        boxes: Tensor[K, 4] in pixels of the model's input.
+        levels: the k of each box's level Pk.
+
+    Returns:
+        Tensor[K, C, 7, 7].
+    """
+    rois = pyramid[0].new_empty(len(boxes), pyramid[0].shape[1], ROI_SIZE, ROI_SIZE)
+    for k, (level, stride) in enumerate(zip(pyramid, strides, strict=True), start=2):
+        mine = [index for index, own in enumerate(levels) if own == k]
+        if mine:
+            rois[mine] = roi_pool(level, [boxes[mine]], ROI_SIZE, spatial_scale=1 / stride)
+    return rois

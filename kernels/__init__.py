@@ -1,0 +1,100 @@
+"""CUDA C++ sources of the RoI operators, and their compilation at run time.
+
+The package knows CuPy, source files and C++ names, and nothing of tensors. It imports without CuPy, which is needed
+only to compile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["Kernel", "KernelCompilationError", "compile_options", "get_kernel", "sources"]
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+class Kernel(Protocol):
+    """A compiled kernel. A call launches it on CuPy's current stream and does not wait for it."""
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None: ...
+
+
+class KernelCompilationError(RuntimeError):
+    """The CUDA compiler rejected a kernel; the message ends with its log."""
+
+
+def sources() -> tuple[str, ...]:
+    """The names of the sources that `get_kernel` compiles: files of this folder, without `.cu`."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.cu")))
+
+
+def read_source(source: str) -> str:
+    """The text of one of `sources()`.
+
+    Raises:
+        ValueError: there is no such source.
+    """
+    if source not in sources():
+        raise ValueError(f"source must be one of {', '.join(sources())}, got {source!r}")
+    return (_FOLDER / f"{source}.cu").read_text(encoding="utf-8")
+
+
+@cache
+def compile_options() -> tuple[str, ...]:
+    """Options for NVRTC, the same for every kernel. CuPy adds the architecture, its include folders and `-ftz=true`."""
+    # CuPy's disk cache is keyed by the source and the options, not by what the source includes: the digest is there so
+    # that a changed header is not answered with an old binary.
+    digest = hashlib.sha256()
+    for header in sorted(_FOLDER.glob("*.cuh")):
+        digest.update(header.read_bytes())
+    return ("-std=c++17", f"-I{_FOLDER}", f"-DROI_HEADERS_DIGEST=0x{digest.hexdigest()[:16]}")
+
+
+_kernels: dict[tuple[str, str, int], Kernel] = {}
+_lock = threading.Lock()
+
+
+def get_kernel(source: str, expression: str, device: int) -> Kernel:
+    """A kernel for one device, compiled on the first request.
+
+    Each expression is a module of its own, so that a first call pays for one instantiation. Binaries are kept in CuPy's
+    disk cache (versions of CuPy that do not cache named instantiations compile once per process). Threads may call at
+    the same time: one compiles, the others wait for it.
+
+    Args:
+        source: one of `sources()`.
+        expression: C++ name of the instantiation, such as ``"roi::roi_pool_contiguous<float, float, int, true>"``.
+        device: index of the CUDA device.
+
+    Raises:
+        ValueError: there is no such source.
+        KernelCompilationError: the compiler rejected the instantiation.
+        ImportError: CuPy is not installed.
+    """
+    key = (source, expression, device)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _lock:
+            kernel = _kernels.get(key)
+            if kernel is None:
+                kernel = _kernels[key] = _compile(source, expression, device)
+    return kernel
+
+
+def _compile(source: str, expression: str, device: int) -> Kernel:
+    import cupy
+    from cupy.cuda.compiler import CompileException
+
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(code=read_source(source), options=compile_options(), name_expressions=(expression,))
+        try:
+            kernel: Kernel = module.get_function(expression)
+        except CompileException as error:
+            raise KernelCompilationError(f"{source}.cu does not compile for {expression}:\n{error}") from error
+    return kernel

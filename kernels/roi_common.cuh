@@ -1,0 +1,94 @@
+// What the RoI kernels share: number types, vector accesses, and the reading of a box's batch index.
+//
+// Compiled by NVRTC (through CuPy), by nvcc, and by g++ for the tests. CuPy always adds -ftz=true; what must be exact for
+// subnormal numbers therefore avoids float arithmetic and the comparison operators on float.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace roi {
+
+// A box is a row of five numbers: batch index, x1, y1, x2, y2.
+inline constexpr int kBoxSize = 5;
+
+// Every kernel here is launched with at most this many threads in a block.
+inline constexpr int kMaxThreads = 256;
+
+// The type that values of a storage type are compared and summed in: float, or double for double.
+template <typename T> struct ComputeType { using type = float; };
+template <> struct ComputeType<double> { using type = double; };
+template <typename T> using Compute = typename ComputeType<T>::type;
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// The nearest T. Exact for a number that widen() produced.
+template <typename T> __device__ __forceinline__ T narrow(Compute<T> value) { return value; }
+template <> __device__ __forceinline__ __half narrow<__half>(float value) { return __float2half(value); }
+template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) { return __float2bfloat16(value); }
+
+template <typename Number> __device__ __forceinline__ Number not_a_number();
+template <> __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
+template <> __device__ __forceinline__ double not_a_number() { return __longlong_as_double(0x7ff8000000000000LL); }
+
+template <typename Number> __device__ __forceinline__ Number minus_infinity();
+template <> __device__ __forceinline__ float minus_infinity() { return -__int_as_float(0x7f800000); }
+template <> __device__ __forceinline__ double minus_infinity() { return -__longlong_as_double(0x7ff0000000000000LL); }
+
+// Does `candidate`, read after `best`, become the maximum? Yes if it is greater, or NaN, as in torch's max pooling: of
+// several maxima the first is kept, of several NaN the last.
+__device__ __forceinline__ bool replaces(double candidate, double best) {
+    return candidate > best || candidate != candidate;
+}
+__device__ __forceinline__ bool replaces(float candidate, float best) {
+#ifdef __CUDA_ARCH__
+    // candidate > best || candidate != candidate, without the .ftz that would take subnormal numbers for zeros.
+    int result;
+    asm("{\n\t"
+        ".reg .pred nan, taken;\n\t"
+        "setp.nan.f32 nan, %1, %1;\n\t"
+        "setp.gt.or.f32 taken, %1, %2, nan;\n\t"
+        "selp.s32 %0, 1, 0, taken;\n\t"
+        "}"
+        : "=r"(result)
+        : "f"(candidate), "f"(best));
+    return result != 0;
+#else
+    return candidate > best || candidate != candidate;
+#endif
+}
+
+// N neighbouring elements, moved by as few accesses as their size allows (16 bytes each at most).
+template <typename T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+    T lane[N];
+};
+
+template <typename T, int N> __device__ __forceinline__ Pack<T, N> load(const T* address) {
+    return *reinterpret_cast<const Pack<T, N>*>(address);
+}
+
+template <typename T, int N> __device__ __forceinline__ void store(T* address, const Pack<T, N>& pack) {
+    *reinterpret_cast<Pack<T, N>*>(address) = pack;
+}
+
+// The shared memory whose size the launch sets, as an array of Item.
+template <typename Item> __device__ __forceinline__ Item* dynamic_shared() {
+    extern __shared__ __align__(16) unsigned char shared_bytes[];
+    return reinterpret_cast<Item*>(shared_bytes);
+}
+
+// The image that a box belongs to, or -1 for a box to reject: one with a batch index outside [0, batch_size) or with a
+// number that is not finite. A fraction in the batch index is dropped. The range is checked before the conversion to int,
+// which is undefined for what does not fit.
+template <typename Coord> __device__ __forceinline__ int image_of(const Coord* box, int batch_size) {
+    const Coord index = box[0];
+    bool valid = index >= 0 && index < static_cast<Coord>(batch_size);
+    for (int i = 1; i < kBoxSize; ++i) valid = valid && isfinite(box[i]);
+    return valid ? static_cast<int>(index) : -1;
+}
+
+}  // namespace roi
