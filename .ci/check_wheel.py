@@ -18,5 +18,7 @@ names = set(zipfile.ZipFile(sys.argv[1]).namelist())
 top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
 missing = REQUIRED - names
 if missing or top_level != TOP_LEVEL:
-    sys.exit(f"missing from the wheel: {sorted(missing)}; at its top level: {sorted(top_level)}, not {sorted(TOP_LEVEL)}")
+    sys.exit(
+        f"missing from the wheel: {sorted(missing)}; at its top level: {sorted(top_level)}, not {sorted(TOP_LEVEL)}"
+    )
 print(f"{len(names)} files, at the top level {sorted(top_level)}")

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PAUSE_CYCLES = 2_000_000  # about a millisecond of a GPU: longer than the host takes to queue one call
+
+Timer = Callable[[Callable[[], Any], torch.device], float]
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -30,8 +33,31 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def device_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """One call's work on the device alone: the host queues it while the device pauses. On the CPU, `milliseconds`.
+
+    A call that waits for the device itself is measured with its host work from there on.
+    """
+    if device.type == "cuda":
+        torch.cuda._sleep(PAUSE_CYCLES)
+    return milliseconds(call, device)
+
+
+def host_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """One call until it returns, whatever it leaves the device to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
 def interleaved(
-    contestants: Mapping[str, Callable[[], Any]], device: torch.device, runs: int, warmup: int = 2
+    contestants: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    runs: int,
+    warmup: int = 2,
+    timer: Timer = milliseconds,
 ) -> dict[str, list[float]]:
     """Milliseconds of each contestant in each of `runs` rounds; every round has each of them once, in turn.
 
@@ -41,10 +67,27 @@ def interleaved(
     order = list(contestants)
     for round_ in range(warmup + runs):
         for name in order if round_ % 2 else order[::-1]:  # no contestant always runs behind the same one
-            elapsed = milliseconds(contestants[name], device)
+            elapsed = timer(contestants[name], device)
             if round_ >= warmup:
                 times[name].append(elapsed)
     return times
+
+
+def rounds_within(
+    seconds: float, contestants: Mapping[str, Callable[[], Any]], device: torch.device, most: int, least: int = 3
+) -> int:
+    """How many rounds of the contestants take about that long, from one round of them."""
+    one = sum(milliseconds(call, device) for call in contestants.values()) / 1e3
+    return max(least, min(most, int(seconds / one)))
+
+
+def copy_bandwidth(device: torch.device, runs: int = 9) -> float:
+    """Gigabytes per second of a copy on the device, bytes read and bytes written both counted."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, runs, timer=device_milliseconds)
+    return 2 * size / median(times["copy"]) / 1e6
 
 
 def ratio(times: Mapping[str, Sequence[float]], peer: str, ours: str) -> float:
