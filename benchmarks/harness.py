@@ -78,7 +78,7 @@ def rounds_within(
 ) -> int:
     """How many rounds of the contestants take about that long, from one round of them."""
     one = sum(milliseconds(call, device) for call in contestants.values()) / 1e3
-    return max(least, min(most, int(seconds / one)))
+    return min(most, max(least, int(seconds / one)))
 
 
 def copy_bandwidth(device: torch.device, runs: int = 9) -> float:

@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_max_pool2d_with_indices
 from roi.boxes import valid_rows
 from roi.layout import empty_argmax, empty_pooled, memory_format
 
-BINS_AT_ONCE = 2**20  # of the backward pass, to bound the memory of their 64-bit positions
+BINS_AT_ONCE = 2**16  # of the backward pass: their 64-bit positions stay in the cache
 MAX_CELL = 2**30  # coordinates saturate here, so that a window's bins are exact in 32-bit integers everywhere
 EVERY = slice(None)
 
@@ -54,8 +54,8 @@ def clipped_side(start: int, size: int, bins: int, limit: int) -> Side:
     """The bins of a side [start, start + size) that meets the map [0, limit).
 
     Bin p is floor(p·size/bins) … ceil((p+1)·size/bins) of the unclipped side, then clipped. Repeating a bin's last cell
-    on the map changes neither its maximum nor where that is found, so either the side is filled up with its outermost
-    cells, or, where that is shorter (most of it lies off the map), each bin that meets the map is brought to one length.
+    on the map changes neither its maximum nor where that is found. So either the side is filled up with its outermost
+    cells or, where that is shorter (most of it lies off the map), all bins that meet the map get one length.
     """
     first, last = max(start, 0), min(start + size, limit) - 1
     edges = [(start + p * size // bins, start - (-(p + 1) * size // bins)) for p in range(bins)]
@@ -109,7 +109,7 @@ def roi_pool(
     if area > batch * height * width:  # else it is less work to convert each crop
         input = input.contiguous(memory_format=torch.channels_last)
     maps = input.permute(0, 2, 3, 1).unbind()
-    outputs = output.unbind()
+    outputs, argmaxes = output.unbind(), argmax.unbind()
     grid = torch.arange(height * width, dtype=argmax.dtype, device=input.device).view(height, width)
 
     for k, (accepted, (image, y, x, h, w)) in enumerate(zip(valid.tolist(), windows, strict=True)):
@@ -123,19 +123,19 @@ def roi_pool(
             maximum, index = pooled(crop, pooled_height, pooled_width)
             outputs[k].copy_(maximum)
             if with_argmax:
-                argmax[k] = looked_up(grid[top:bottom, left:right], index)
+                argmaxes[k].copy_(looked_up(grid[top:bottom, left:right], index))
         else:
             down, across = clipped_side(y, h, pooled_height, height), clipped_side(x, w, pooled_width, width)
             maximum, index = pooled(gathered(crop.contiguous(), down, across), down.bins, across.bins)
             outputs[k].fill_(0)[:, down.targets, across.targets] = maximum[:, down.kept, across.kept]
             if with_argmax:
                 cells = looked_up(gathered(grid[top:bottom, left:right], down, across), index)
-                argmax[k].fill_(-1)[:, down.targets, across.targets] = cells[:, down.kept, across.kept]
+                argmaxes[k].fill_(-1)[:, down.targets, across.targets] = cells[:, down.kept, across.kept]
     return output, argmax
 
 
 def pooled(crop: Tensor, pooled_height: int, pooled_width: int) -> tuple[Tensor, Tensor]:
-    """Adaptive max pooling of Tensor[h, w, C] to Tensor[C, pooled_height, pooled_width], and its indices in the crop."""
+    """Adaptive max pooling of Tensor[h, w, C] to Tensor[C, pooled_height, pooled_width], and its indices."""
     maximum, index = adaptive_max_pool2d_with_indices(crop[None].permute(0, 3, 1, 2), (pooled_height, pooled_width))
     return maximum[0], index[0]
 
@@ -169,9 +169,12 @@ def roi_pool_backward(
     chunk = max(1, BINS_AT_ONCE // (grad[:1].numel() or 1))
     for part in range(0, len(rois), chunk):
         some = slice(part, part + chunk)
-        found = argmax[some]
-        kept = torch.where(found >= 0, grad[some].to(wide), 0).contiguous(memory_format=layout)
-        sums.scatter_add_(0, flat(positions(found, rois[some], height, width), layout), flat(kept, layout))
+        found, terms = argmax[some], grad[some].to(wide)
+        where = positions(found, rois[some], height, width)
+        empty = found < 0
+        if empty.any():
+            where, terms = where.masked_fill(empty, 0), terms.masked_fill(empty, 0)
+        sums.scatter_add_(0, flat(where, layout), flat(terms.contiguous(memory_format=layout), layout))
     return total.to(grad.dtype)
 
 
@@ -181,21 +184,22 @@ def roi_pool_gather(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
     It is the adjoint of `roi_pool_backward`, and so its gradient. Built of differentiable operators.
     """
     layout = memory_format(argmax)
-    index = positions(argmax, rois, *features.shape[2:])
-    values = flat(features.contiguous(memory_format=layout), layout)[index]
-    return torch.where(argmax >= 0, values, 0)
+    empty = argmax < 0
+    where = positions(argmax, rois, *features.shape[2:]).masked_fill(empty, 0)
+    return flat(features.contiguous(memory_format=layout), layout)[where].masked_fill(empty, 0)
 
 
 def positions(argmax: Tensor, rois: Tensor, height: int, width: int) -> Tensor:
-    """Where in the memory of a Tensor[N, C, height, width] in the format of `argmax` each cell lies; 0 for none."""
+    """Where in the memory of a Tensor[N, C, height, width] in the format of `argmax` its cells lie (not its -1)."""
     channels = argmax.shape[1]
-    channel = torch.arange(channels, device=argmax.device).view(1, channels, 1, 1)
-    image = rois[:, 0].to(torch.int64).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=argmax.device)
+    image = rois[:, :1].to(torch.int64)
+    cells = height * width
     if memory_format(argmax) is torch.channels_last:
-        position = (argmax + image * (height * width)) * channels + channel
+        first, step = image * (cells * channels) + channel, channels
     else:
-        position = argmax + (image * channels + channel) * (height * width)
-    return torch.where(argmax >= 0, position, 0)
+        first, step = (image * channels + channel) * cells, 1
+    return torch.add(first[:, :, None, None], argmax, alpha=step)
 
 
 def flat(x: Tensor, layout: torch.memory_format) -> Tensor:

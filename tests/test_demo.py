@@ -21,8 +21,8 @@ from PIL import Image
 from torch import nn
 
 import fpn
-from fpn import __main__ as demo
-from fpn import draw
+from fpn import __main__ as command
+from fpn import demo, draw
 from fpn.photo import DEFAULT_PHOTO, Photo, read_photo
 from roi import roi_pool
 
@@ -95,7 +95,7 @@ def test_features(finished: tuple[Path, str], small_photo: Path) -> None:
         torch.testing.assert_close(pooled, roi_pool(arrays[f"p{k}"], [box[None]], 7, 1 / 2**k)[0], rtol=0, atol=0)
 
     # The pyramid is that of the model of seed 0 with the photo's own batch norm statistics, as printed.
-    model, _ = demo.load_model("FPN18", None)
+    model, _ = command.load_model("FPN18", None)
     result = demo.run_model(model, read_photo(small_photo), [(0, 0, 9, 9)], calibrate=True)
     torch.testing.assert_close(arrays["p2"], result.pyramid[0], rtol=1e-3, atol=1e-3)
 
@@ -128,7 +128,7 @@ def run_demo(
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fpn", *map(str, arguments)])
-        status = demo.main()
+        status = command.main()
         return status, *capsys.readouterr()
 
     return run
@@ -256,7 +256,7 @@ def test_exif_rotated_photo_gives_the_same(tmp_path: Path) -> None:
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     rois = []
     for name in ("upright.png", "turned.png"):
-        model, _ = demo.load_model("FPN18", None)
+        model, _ = command.load_model("FPN18", None)
         result = demo.run_model(model, read_photo(tmp_path / name), [(10, 20, 80, 119)], calibrate=True)
         assert result.pyramid[0].shape == (1, 256, 60, 45)
         rois.append(result.rois)
@@ -277,8 +277,8 @@ def test_odd_photos(
 
 @pytest.mark.parametrize("size", [(800, 800), (1200, 800), (800, 1200), (1333, 750)])
 def test_default_boxes_have_a_level_each(size: tuple[int, int]) -> None:
-    boxes = demo.nested_boxes(size)
-    demo.check_boxes(boxes, size)
+    boxes = command.nested_boxes(size)
+    command.check_boxes(boxes, size)
     assert [demo.assign_level(box) for box in boxes] == [5, 4, 3, 2]
 
 
@@ -297,17 +297,17 @@ def test_weights_are_named_for_what_they_are(tmp_path: Path) -> None:
     trunk, whole = tmp_path / "trunk.pth", tmp_path / "whole.pth"
     torch.save(other.bottom_up.state_dict(), trunk)
     torch.save(other.state_dict(), whole)
-    model, phrase = demo.load_model("FPN18", str(trunk))
+    model, phrase = command.load_model("FPN18", str(trunk))
     assert phrase == f"weights {trunk} for the trunk; lateral and smoothing convolutions random (seed 0)"
     torch.testing.assert_close(model.bottom_up.state_dict(), other.bottom_up.state_dict())
-    model, phrase = demo.load_model("FPN18", str(whole))
+    model, phrase = command.load_model("FPN18", str(whole))
     assert phrase == f"weights {whole}"
     torch.testing.assert_close(model.state_dict(), other.state_dict())
     assert not model.training
 
 
 def test_timed_forward() -> None:
-    model, _ = demo.load_model("FPN18", None)
+    model, _ = command.load_model("FPN18", None)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         pyramid, times = demo.timed_forward(model, images)
@@ -319,7 +319,7 @@ def test_timed_forward() -> None:
 
 
 def test_slow_parts_are_timed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = demo.load_model("FPN18", None)
+    model, _ = command.load_model("FPN18", None)
     forward = model.smooth[2].forward  # of P3: the modules are in top-down order
 
     def slow(x: torch.Tensor) -> Any:
@@ -334,7 +334,7 @@ def test_slow_parts_are_timed_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_calibrated_batch_norm_normalises() -> None:
-    model, _ = demo.load_model("FPN18", None)
+    model, _ = command.load_model("FPN18", None)
     images = 5 + 3 * torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     outputs: list[torch.Tensor] = []
     with torch.no_grad():
@@ -353,6 +353,6 @@ def test_calibrated_batch_norm_normalises() -> None:
 def test_boxes_scale_with_the_photo(small_photo: Path) -> None:
     photo = read_photo(small_photo)
     narrow = Photo(photo.name, (160, 120), photo.image.resize((400, 240)))
-    model, _ = demo.load_model("FPN18", None)
+    model, _ = command.load_model("FPN18", None)
     result = demo.run_model(model, narrow, [(10, 20, 30, 40)], calibrate=False)
     assert result.model_boxes.tolist() == [[25, 40, 75, 80]]

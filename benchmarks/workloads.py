@@ -1,0 +1,98 @@
+"""The problems that the RoI benchmarks time: maps and boxes of detectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from roi.torch_path import Window, roi_windows
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of a RoI operator.
+
+    Attributes:
+        rois: boxes over all images.
+        batch, channels, height, width: shape of the map.
+        scale: cells of the map per pixel.
+        image: (height, width) of the images, in pixels.
+        bins: of each side of the output.
+        seed: of the boxes and the features.
+    """
+
+    name: str
+    rois: int
+    batch: int
+    channels: int
+    height: int
+    width: int
+    scale: float
+    image: tuple[int, int]
+    bins: int = 7
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.channels, self.height, self.width
+
+    def boxes(self) -> Tensor:
+        """Tensor[rois, 5], float32, on the CPU."""
+        return rpn_like(self.rois, self.batch, *self.image, seed=self.seed)
+
+    def features(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> Tensor:
+        """Tensor[N, C, H, W] of normally distributed values, the same on every device."""
+        generator = torch.Generator().manual_seed(self.seed)
+        values = torch.randn(self.shape, generator=generator)
+        return values.to(device, dtype).contiguous(memory_format=layout)
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        return f"{self.name}: {self.rois} RoIs, map {shape}, scale 1/{round(1 / self.scale)}, {self.bins}×{self.bins}"
+
+
+LARGE_IMAGE = (800, 1344)
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("design", 512, 1, 256, 50, 84, 1 / 16, LARGE_IMAGE),
+        Workload("training", 2 * 512, 2, 256, 50, 84, 1 / 16, LARGE_IMAGE),  # P4
+        Workload("inference", 1000, 1, 256, 50, 84, 1 / 16, LARGE_IMAGE),
+        Workload("fast-rcnn", 300, 1, 512, 38, 50, 1 / 16, (600, 800)),  # conv5 of VGG16
+        Workload("large", 8000, 8, 256, 100, 168, 1 / 8, LARGE_IMAGE),  # P3
+    )
+}
+
+
+def rpn_like(count: int, images: int, height: int, width: int, *, seed: int = 0) -> Tensor:
+    """Tensor[count, 5], float32: boxes as a region proposal network gives them, image after image.
+
+    Centres are uniform, the square root of the area is log-uniform in 32 … 512 pixels and the aspect in 1/2 … 2; boxes
+    are clipped to the image, whose right edge x2 = width rounds to a cell past the map.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, y, size, aspect = torch.rand(4, count, dtype=torch.float64, generator=generator)
+    side = 32 * 16**size
+    stretch = 2 ** (aspect - 0.5)  # the square root of the aspect
+    x, y = x * width, y * height
+    half_width, half_height = side * stretch / 2, side / stretch / 2
+    left, right = (x - half_width).clamp(0, width), (x + half_width).clamp(0, width)
+    top, bottom = (y - half_height).clamp(0, height), (y + half_height).clamp(0, height)
+    image = torch.arange(count) * images // max(count, 1)
+    return torch.stack([image.double(), left, top, right, bottom], dim=1).float()
+
+
+def past_the_map(rois: Tensor, scale: float, height: int, width: int) -> float:
+    """Share of Tensor[K, 5] `rois` that have a cell outside the map of height × width cells."""
+    outside = [w.y < 0 or w.x < 0 or w.y + w.height > height or w.x + w.width > width for w in roi_windows(rois, scale)]
+    return sum(outside) / max(len(outside), 1)
+
+
+def cells_touched(windows: list[Window], batch: int, height: int, width: int) -> int:
+    """Cells of the maps that at least one window covers, each counted once."""
+    covered = torch.zeros(batch, height, width, dtype=torch.bool)
+    for image, y, x, h, w in windows:
+        covered[image, max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)] = True
+    return int(covered.sum())
