@@ -27,8 +27,8 @@ from torch import Tensor
 
 import roi
 from benchmarks.harness import describe, environment
+from roi.bins import roi_windows
 from roi.layout import memory_format
-from roi.torch_path import roi_windows
 from tests.cuda_on_cpu import reference
 
 SCALES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 3, 0.3, 0.0619)
@@ -60,11 +60,9 @@ def sizes_exact(sizes: np.ndarray, bins: int, number: type[np.floating]) -> np.n
 
 def torchvision_bins_are_exact(rois: Tensor, scale: float, height: int, width: int) -> Tensor:
     """Tensor[K] of bool on the CPU: whether torchvision's bins, in the dtype of `rois`, are the integer ones."""
-    windows = roi_windows(rois.cpu(), scale)
-    heights = np.array([w.height for w in windows], dtype=np.int64)
-    widths = np.array([w.width for w in windows], dtype=np.int64)
+    heights, widths = roi_windows(rois.cpu(), scale)[:, 3:].unbind(1)
     number = np.float64 if rois.dtype == torch.float64 else np.float32
-    return torch.from_numpy(sizes_exact(heights, height, number) & sizes_exact(widths, width, number))
+    return torch.from_numpy(sizes_exact(heights.numpy(), height, number) & sizes_exact(widths.numpy(), width, number))
 
 
 @dataclass(frozen=True)

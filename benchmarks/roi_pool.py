@@ -1,7 +1,7 @@
 """roi_pool beside torchvision's op and a hand-written loop: forward, backward and both, on detectors' workloads.
 
     python benchmarks/roi_pool.py                                  # CUDA where there is a device, else the CPU
-    python benchmarks/roi_pool.py --workloads design training --modes forward --plot out.png --json out.json
+    python benchmarks/roi_pool.py --workloads rpn training --modes forward --plot out.png --json out.json
     python benchmarks/roi_pool.py --device cpu --threads 1 2
     python benchmarks/roi_pool.py --grid                           # extremes, forward: the worst ratios first
 
@@ -49,7 +49,7 @@ from benchmarks.harness import (
 from benchmarks.parity_roi_pool import same_bits, torchvision_bins_are_exact
 from benchmarks.workloads import LARGE_IMAGE, WORKLOADS, Workload, cells_touched, past_the_map, rpn_like
 from roi.backend import cupy_problem
-from roi.torch_path import roi_windows
+from roi.bins import roi_windows
 from tests.cuda_on_cpu import reference
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roi.torch_path import Window, roi_windows
+from roi.bins import roi_windows
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ LARGE_IMAGE = (800, 1344)
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("design", 512, 1, 256, 50, 84, 1 / 16, LARGE_IMAGE),
+        Workload("rpn", 512, 1, 256, 50, 84, 1 / 16, LARGE_IMAGE),
         Workload("training", 2 * 512, 2, 256, 50, 84, 1 / 16, LARGE_IMAGE),  # P4
         Workload("inference", 1000, 1, 256, 50, 84, 1 / 16, LARGE_IMAGE),
         Workload("fast-rcnn", 300, 1, 512, 38, 50, 1 / 16, (600, 800)),  # conv5 of VGG16
@@ -86,13 +86,14 @@ def rpn_like(count: int, images: int, height: int, width: int, *, seed: int = 0)
 
 def past_the_map(rois: Tensor, scale: float, height: int, width: int) -> float:
     """Share of Tensor[K, 5] `rois` that have a cell outside the map of height × width cells."""
-    outside = [w.y < 0 or w.x < 0 or w.y + w.height > height or w.x + w.width > width for w in roi_windows(rois, scale)]
-    return sum(outside) / max(len(outside), 1)
+    _, y, x, h, w = roi_windows(rois, scale).unbind(1)
+    outside = (y < 0) | (x < 0) | (y + h > height) | (x + w > width)
+    return float(outside.double().mean())
 
 
-def cells_touched(windows: list[Window], batch: int, height: int, width: int) -> int:
-    """Cells of the maps that at least one window covers, each counted once."""
+def cells_touched(windows: Tensor, batch: int, height: int, width: int) -> int:
+    """Cells of the maps that at least one of `roi_windows` covers, each counted once."""
     covered = torch.zeros(batch, height, width, dtype=torch.bool)
-    for image, y, x, h, w in windows:
+    for image, y, x, h, w in windows.tolist():
         covered[image, max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)] = True
     return int(covered.sum())

@@ -2,88 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d_with_indices
 
+from roi.bins import clipped_side, empty_bins, roi_windows
 from roi.boxes import valid_rows
 from roi.layout import empty_argmax, empty_pooled, memory_format
+from roi.range_max import roi_maxima, table_is_cheaper
 
+CELLS_AT_ONCE = 2**18  # of the forward pass: what the indices of a chunk of RoIs address
+VALUES_AT_ONCE = 2**21  # of the forward pass: what is gathered for one call of adaptive pooling
 BINS_AT_ONCE = 2**16  # of the backward pass: their 64-bit positions stay in the cache
-MAX_CELL = 2**30  # coordinates saturate here, so that a window's bins are exact in 32-bit integers everywhere
-EVERY = slice(None)
-
-
-class Window(NamedTuple):
-    """One RoI on the map, in cells, not clipped to it."""
-
-    image: int
-    y: int
-    x: int
-    height: int
-    width: int
-
-
-def round_half_away(x: Tensor) -> Tensor:
-    """C's `round`; `torch.round` rounds halves to even."""
-    whole = x.trunc()
-    return whole + torch.where((x - whole).abs() >= 0.5, x.sign(), 0)
-
-
-def roi_windows(rois: Tensor, spatial_scale: float) -> list[Window]:
-    """The windows of Tensor[K, 5] `rois`: both ends inclusive, at least one cell. Rows must be finite."""
-    cells = round_half_away(rois[:, 1:] * spatial_scale).clamp(-MAX_CELL, MAX_CELL).to(torch.int64)
-    x1, y1, x2, y2 = cells.unbind(1)
-    height, width = (y2 - y1 + 1).clamp(min=1), (x2 - x1 + 1).clamp(min=1)
-    image = rois[:, 0].to(torch.int64)
-    return [Window(*row) for row in torch.stack([image, y1, x1, height, width], dim=1).tolist()]
-
-
-class Side(NamedTuple):
-    """One side of a window that leaves the map, in a form that adaptive pooling can take."""
-
-    cells: list[int]  # of the clipped side, counted from its start
-    bins: int  # that the cells are pooled to
-    kept: slice  # of those bins: the ones that meet the map
-    targets: slice  # the bins of the output that these are
-
-
-def clipped_side(start: int, size: int, bins: int, limit: int) -> Side:
-    """The bins of a side [start, start + size) that meets the map [0, limit).
-
-    Bin p is floor(p·size/bins) … ceil((p+1)·size/bins) of the unclipped side, then clipped. Repeating a bin's last cell
-    on the map changes neither its maximum nor where that is found. So either the side is filled up with its outermost
-    cells or, where that is shorter (most of it lies off the map), all bins that meet the map get one length.
-    """
-    first, last = max(start, 0), min(start + size, limit) - 1
-    edges = [(start + p * size // bins, start - (-(p + 1) * size // bins)) for p in range(bins)]
-    on_map = [p for p, (low, high) in enumerate(edges) if high > 0 and low < limit]
-    kept = slice(on_map[0], on_map[-1] + 1)
-    clipped = [range(max(low, 0), min(high, limit)) for low, high in edges[kept]]
-    longest = max(map(len, clipped))
-    if size <= longest * len(clipped):
-        cells = [min(max(cell, first), last) - first for cell in range(start, start + size)]
-        return Side(cells, bins, kept, kept)
-    cells = [bin[min(i, len(bin) - 1)] - first for bin in clipped for i in range(longest)]
-    return Side(cells, len(clipped), EVERY, kept)
-
-
-def gathered(crop: Tensor, down: Side, across: Side) -> Tensor:
-    """The cells `down` × `across` of Tensor[H, W, …] `crop`."""
-    rows, columns = (torch.tensor(side.cells, device=crop.device) for side in (down, across))
-    cells = (rows[:, None] * crop.shape[1] + columns).flatten()
-    return crop.flatten(0, 1).index_select(0, cells).view(len(rows), len(columns), *crop.shape[2:])
 
 
 def roi_pool(
     input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, with_argmax: bool
 ) -> tuple[Tensor, Tensor]:
-    """RoI max pooling (Girshick, Fast R-CNN, 2015, section 2.1), one `adaptive_max_pool2d` per RoI.
+    """RoI max pooling (Girshick, Fast R-CNN, 2015, section 2.1) by `adaptive_max_pool2d`, whose bins are RoIPool's.
 
-    Adaptive pooling has the bins of RoIPool, and its vectorised kernel for channels_last crops is what makes it fast:
-    every crop is taken in that format.
+    Its vectorised kernel for channels_last crops is what makes it fast, so the cells of each RoI are gathered in that
+    format, and RoIs of one size are pooled together.
 
     Args:
         input: Tensor[N, C, H, W], any floating-point dtype.
@@ -105,45 +46,129 @@ def roi_pool(
 
     valid = valid_rows(rois, batch)
     windows = roi_windows(torch.where(valid[:, None], rois, 0), spatial_scale)
-    area = sum(min(w.height, height) * min(w.width, width) for w in windows)
-    if area > batch * height * width:  # else it is less work to convert each crop
-        input = input.contiguous(memory_format=torch.channels_last)
-    maps = input.permute(0, 2, 3, 1).unbind()
-    outputs, argmaxes = output.unbind(), argmax.unbind()
-    grid = torch.arange(height * width, dtype=argmax.dtype, device=input.device).view(height, width)
-
-    for k, (accepted, (image, y, x, h, w)) in enumerate(zip(valid.tolist(), windows, strict=True)):
-        top, bottom, left, right = max(y, 0), min(y + h, height), max(x, 0), min(x + w, width)
-        if not (accepted and top < bottom and left < right):
-            output[k].fill_(0 if accepted else torch.nan)
-            argmax[k : k + 1].fill_(-1)
-            continue
-        crop = maps[image][top:bottom, left:right]
-        if bottom - top == h and right - left == w:
-            maximum, index = pooled(crop, pooled_height, pooled_width)
-            outputs[k].copy_(maximum)
-            if with_argmax:
-                argmaxes[k].copy_(looked_up(grid[top:bottom, left:right], index))
-        else:
-            down, across = clipped_side(y, h, pooled_height, height), clipped_side(x, w, pooled_width, width)
-            maximum, index = pooled(gathered(crop.contiguous(), down, across), down.bins, across.bins)
-            outputs[k].fill_(0)[:, down.targets, across.targets] = maximum[:, down.kept, across.kept]
-            if with_argmax:
-                cells = looked_up(gathered(grid[top:bottom, left:right], down, across), index)
-                argmaxes[k].fill_(-1)[:, down.targets, across.targets] = cells[:, down.kept, across.kept]
+    if not with_argmax and table_is_cheaper(input, windows, pooled_height, pooled_width):
+        output.copy_(roi_maxima(input, windows, pooled_height, pooled_width))
+    else:
+        pool_windows(input, windows, output, argmax)
+    mark_empty(output, argmax, empty_bins(windows, pooled_height, pooled_width, height, width))
+    if not valid.all():
+        output[~valid] = torch.nan
+        if with_argmax:
+            argmax[~valid] = -1
     return output, argmax
 
 
-def pooled(crop: Tensor, pooled_height: int, pooled_width: int) -> tuple[Tensor, Tensor]:
-    """Adaptive max pooling of Tensor[h, w, C] to Tensor[C, pooled_height, pooled_width], and its indices."""
-    maximum, index = adaptive_max_pool2d_with_indices(crop[None].permute(0, 3, 1, 2), (pooled_height, pooled_width))
-    return maximum[0], index[0]
+def pool_windows(input: Tensor, windows: Tensor, output: Tensor, argmax: Tensor) -> None:
+    """Fills `output` and, unless it is empty, `argmax`; what lies off the map is left for `mark_empty`.
+
+    Adaptive pooling may see a window's outermost cells on the map again in the place of those off it: that changes
+    neither a maximum nor where it is found.
+    """
+    _, channels, height, width = input.shape
+    _, y, x, h, w = windows.unbind(1)
+    rows = (y + h).clamp(max=height) - y.clamp(min=0)
+    columns = (x + w).clamp(max=width) - x.clamp(min=0)
+    meets = (rows > 0) & (columns > 0)
+    whole = meets & (2 * h <= 3 * rows) & (2 * w <= 3 * columns)
+    gather = gatherer(input, int((rows * columns)[meets].sum()))
+
+    order = whole.nonzero().squeeze(1)
+    order = order[(h[order] * (2 * width) + w[order]).argsort(stable=True)]  # windows of one size together
+    for batches in chunked(windows[order], channels):
+        first, last = batches[0][0], batches[-1][1]
+        cells = window_cells(windows[order[first:last]], height, width)
+        places = cells.remainder(height * width).to(argmax.dtype) if argmax.numel() else cells
+        done = 0
+        for start, stop, size_y, size_x in batches:
+            some = slice(done, done + (stop - start) * size_y * size_x)
+            done = some.stop
+            crops = gather(cells[some]).view(stop - start, size_y, size_x, channels)
+            maximum, found = pooled(crops, places[some], output.shape[2], output.shape[3], argmax.numel() > 0)
+            output.index_copy_(0, order[start:stop], maximum)
+            if argmax.numel():
+                argmax.index_copy_(0, order[start:stop], found)
+
+    for k in (meets & ~whole).nonzero().flatten().tolist():
+        image, top, left, size_y, size_x = windows[k].tolist()
+        down = clipped_side(top, size_y, output.shape[2], height)
+        across = clipped_side(left, size_x, output.shape[3], width)
+        rows, columns = (torch.tensor(side.cells, device=input.device) for side in (down, across))
+        places = (rows[:, None] * width + columns).flatten()
+        crops = gather(places + image * (height * width)).view(1, len(rows), len(columns), channels)
+        target = output[k, :, down.bins, across.bins]
+        maximum, found = pooled(crops, places, target.shape[1], target.shape[2], argmax.numel() > 0)
+        target.copy_(maximum[0])
+        if argmax.numel():
+            argmax[k, :, down.bins, across.bins] = found[0].to(argmax.dtype)
 
 
-def looked_up(cells: Tensor, index: Tensor) -> Tensor:
-    """`cells.take(index)` for the indices that `pooled` gave; three times as fast, as it follows their memory."""
-    index = index.permute(1, 2, 0)
-    return cells.flatten().index_select(0, index.flatten()).view(index.shape).permute(2, 0, 1)
+def gatherer(input: Tensor, needed: int) -> Callable[[Tensor], Tensor]:
+    """A function from cells (n·H + y)·W + x to their channels, Tensor[cells, C], when about `needed` are asked for."""
+    batch, _, height, width = input.shape
+    size = height * width
+    if memory_format(input) is torch.contiguous_format and needed < batch * size:
+        maps = input.flatten(2)  # to convert it all would be more work
+        return lambda cells: maps[cells // size, :, cells % size]
+    rows = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(0, 2)
+    return lambda cells: rows.index_select(0, cells)
+
+
+def chunked(windows: Tensor, channels: int) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Windows sorted by size as batches (start, stop, height, width) of one size, in lists of bounded memory."""
+    sizes, counts = torch.unique_consecutive(windows[:, 3:], return_counts=True, dim=0)
+    chunk: list[tuple[int, int, int, int]] = []
+    start = cells = 0
+    for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        end, step = start + count, max(1, VALUES_AT_ONCE // (height * width * channels))
+        while start < end:
+            stop = min(start + step, end)
+            chunk.append((start, stop, height, width))
+            cells += (stop - start) * height * width
+            start = stop
+            if cells > CELLS_AT_ONCE:
+                yield chunk
+                chunk, cells = [], 0
+    if chunk:
+        yield chunk
+
+
+def window_cells(windows: Tensor, height: int, width: int) -> Tensor:
+    """The cells (n·H + y)·W + x of all windows, row by row; of one off the map the nearest on it."""
+    image, y, x, h, w = windows.unbind(1)
+    area = h * w
+    window = torch.repeat_interleave(area)
+    offset = torch.arange(len(window), device=windows.device) - (area.cumsum(0) - area)[window]
+    columns = w[window]
+    dy = offset // columns
+    row = (y[window] + dy).clamp_(0, height - 1)
+    column = (x[window] + offset - dy * columns).clamp_(0, width - 1)
+    return (image[window] * height + row) * width + column
+
+
+def pooled(crops: Tensor, places: Tensor, height: int, width: int, with_places: bool) -> tuple[Tensor, Tensor]:
+    """Adaptive max pooling of Tensor[G, h, w, C] to Tensor[G, C, height, width], and the place of each maximum.
+
+    `places` holds one for every cell of the crops.
+    """
+    maximum, index = adaptive_max_pool2d_with_indices(crops.permute(0, 3, 1, 2), (height, width))
+    if not with_places:
+        return maximum, places
+    index = index.permute(0, 2, 3, 1)  # as it lies in memory: `take` would be three times as slow
+    if len(crops) > 1:
+        cells = crops.shape[1] * crops.shape[2]
+        index = index + torch.arange(0, cells * len(crops), cells, device=crops.device).view(-1, 1, 1, 1)
+    found = places.index_select(0, index.flatten()).view(index.shape)
+    return maximum, found.permute(0, 3, 1, 2)
+
+
+def mark_empty(output: Tensor, argmax: Tensor, empty: Tensor) -> None:
+    """Puts 0 and -1 into the bins that are empty, Tensor[K, pooled_height, pooled_width] of bool."""
+    all_empty, any_empty = empty.flatten(1).all(dim=1), empty.flatten(1).any(dim=1)
+    for target, value in ((output, 0), (argmax, -1)):
+        if target.numel() and any_empty.any():
+            some = (any_empty & ~all_empty).nonzero().squeeze(1)
+            target.index_fill_(0, all_empty.nonzero().squeeze(1), value)
+            target[some] = target[some].masked_fill(empty[some][:, None], value)
 
 
 def roi_pool_backward(
