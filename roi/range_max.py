@@ -18,7 +18,8 @@ TABLE_LIMIT = 2**27  # values: the table's memory is bounded, whatever the cost 
 def table_is_cheaper(input: Tensor, windows: Tensor, pooled_height: int, pooled_width: int) -> bool:
     """Whether `roi_maxima` is the faster way, and gives the same bits as pooling window after window.
 
-    The costs are nanoseconds as they were measured on one CPU; only their proportions matter.
+    The costs are nanoseconds as they were measured on one CPU; only their proportions matter. Much of the table's is
+    the allocation of memory that is used once.
     """
     _, channels, height, width = input.shape
     bins = len(windows) * pooled_height * pooled_width
@@ -26,7 +27,7 @@ def table_is_cheaper(input: Tensor, windows: Tensor, pooled_height: int, pooled_
     values = rows * columns * input.numel()
     sizes = len(torch.unique(windows[:, 3] * (2 * width) + windows[:, 4]))
     cells = int((windows[:, 3].clamp(max=height) * windows[:, 4].clamp(max=width)).sum())
-    table = 300_000 + values + bins * (60 + 5 * channels)
+    table = 300_000 + 4 * values + bins * (60 + 20 * channels)
     pooling = 400_000 + sizes * 30_000 + cells * (30 + channels) + bins * 0.5 * channels
     if table > pooling or values > TABLE_LIMIT:
         return False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_max_pool2d_with_indices
+from torch.nn import functional as F
 
 from roi.bins import clipped_side, empty_bins, roi_windows
 from roi.boxes import valid_rows
@@ -14,8 +14,9 @@ from roi.layout import empty_argmax, empty_pooled, memory_format
 from roi.range_max import roi_maxima, table_is_cheaper
 
 CELLS_AT_ONCE = 2**18  # of the forward pass: what the indices of a chunk of RoIs address
+WINDOWS_TOGETHER = 4  # of one size, from which on gathering them costs less than a call for each
+BINS_AT_ONCE = 2**19  # of the backward pass: larger temporaries cost more to allocate than to fill
 VALUES_AT_ONCE = 2**21  # of the forward pass: what is gathered for one call of adaptive pooling
-BINS_AT_ONCE = 2**16  # of the backward pass: their 64-bit positions stay in the cache
 
 
 def roi_pool(
@@ -69,47 +70,122 @@ def pool_windows(input: Tensor, windows: Tensor, output: Tensor, argmax: Tensor)
     rows = (y + h).clamp(max=height) - y.clamp(min=0)
     columns = (x + w).clamp(max=width) - x.clamp(min=0)
     meets = (rows > 0) & (columns > 0)
-    whole = meets & (2 * h <= 3 * rows) & (2 * w <= 3 * columns)
-    gather = gatherer(input, int((rows * columns)[meets].sum()))
+    many = int((rows * columns)[meets].sum()) > input.numel() // max(channels, 1)
+    if many:  # it is less work to convert the map than each crop
+        input = input.contiguous(memory_format=torch.channels_last)
 
-    order = whole.nonzero().squeeze(1)
-    order = order[(h[order] * (2 * width) + w[order]).argsort(stable=True)]  # windows of one size together
-    for batches in chunked(windows[order], channels):
-        first, last = batches[0][0], batches[-1][1]
-        cells = window_cells(windows[order[first:last]], height, width)
+    size = h * (2 * width) + w
+    _, kind, count = torch.unique(size, return_inverse=True, return_counts=True)
+    margin = int(many)  # boxes that are clipped to the image end one cell beyond the map: x2 = width rounds to that
+    near = meets & (y >= 0) & (x >= 0) & (y + h <= height + margin) & (x + w <= width + margin)
+    single = near & (count[kind] < WINDOWS_TOGETHER)
+    # Where a window is mostly off the map, filling it up would be more work than its part on the map.
+    alike = meets & ~single & (2 * h <= 3 * rows) & (2 * w <= 3 * columns)
+    far = meets & ~single & ~alike
+
+    chosen = single.nonzero().flatten()
+    pool_singles(input, windows[chosen], chosen, output, argmax)
+    chosen = alike.nonzero().flatten()
+    chosen = chosen[size[chosen].argsort(stable=True)]
+    gather = gatherer(input)
+    pool_groups(gather, windows[chosen], chosen, input.shape, output, argmax)
+    for k in far.nonzero().flatten().tolist():
+        pool_far(gather, windows[k].tolist(), input.shape, output[k], argmax[k : k + 1])
+
+
+def pool_singles(input: Tensor, windows: Tensor, chosen: Tensor, output: Tensor, argmax: Tensor) -> None:
+    """Fills in the rows `chosen` for `windows` that begin on the map and end at most one cell beyond it."""
+    height, width = input.shape[2:]
+    maps = input.permute(0, 2, 3, 1)
+    row, column = torch.arange(height + 1, device=input.device), torch.arange(width + 1, device=input.device)
+    row[-1], column[-1] = height - 1, width - 1
+    if ((windows[:, 1] + windows[:, 3] > height) | (windows[:, 2] + windows[:, 4] > width)).any():
+        padded = maps.new_empty(len(maps), height + 1, width + 1, maps.shape[3])
+        padded[:, :height, :width] = maps
+        padded[:, height, :width] = maps[:, -1]
+        padded[:, :, width] = padded[:, :, width - 1]
+        maps = padded
+    places = (row[:, None] * width + column).to(argmax.dtype)
+    images, outputs, argmaxes = torch.split(maps, 1), torch.split(output, 1), torch.split(argmax, 1)
+    for k, (image, y, x, h, w) in zip(chosen.tolist(), windows.tolist(), strict=True):
+        crop = images[image].narrow(1, y, h).narrow(2, x, w).contiguous()
+        maximum, index = max_pool(crop, output.shape[2], output.shape[3])
+        outputs[k].copy_(maximum)
+        if argmax.numel():
+            argmaxes[k].copy_(looked_up(places.narrow(0, y, h).narrow(1, x, w).flatten(), index))
+
+
+def pool_groups(
+    gather: Callable[[Tensor], Tensor],
+    windows: Tensor,
+    chosen: Tensor,
+    shape: torch.Size,
+    output: Tensor,
+    argmax: Tensor,
+) -> None:
+    """Fills in the rows `chosen` for `windows`, which are sorted by size; those of one size are pooled together."""
+    _, channels, height, width = shape
+    rows = chosen.tolist()
+    for batches in chunked(windows, channels):
+        cells = window_cells(windows[batches[0][0] : batches[-1][1]], height, width)
         places = cells.remainder(height * width).to(argmax.dtype) if argmax.numel() else cells
         done = 0
-        for start, stop, size_y, size_x in batches:
-            some = slice(done, done + (stop - start) * size_y * size_x)
+        for start, stop, h, w in batches:
+            some = slice(done, done + (stop - start) * h * w)
             done = some.stop
-            crops = gather(cells[some]).view(stop - start, size_y, size_x, channels)
-            maximum, found = pooled(crops, places[some], output.shape[2], output.shape[3], argmax.numel() > 0)
-            output.index_copy_(0, order[start:stop], maximum)
+            crops = gather(cells[some]).view(stop - start, h, w, channels)
+            maximum, index = max_pool(crops, output.shape[2], output.shape[3])
+            copy_to(output, rows[start:stop], maximum)
             if argmax.numel():
-                argmax.index_copy_(0, order[start:stop], found)
-
-    for k in (meets & ~whole).nonzero().flatten().tolist():
-        image, top, left, size_y, size_x = windows[k].tolist()
-        down = clipped_side(top, size_y, output.shape[2], height)
-        across = clipped_side(left, size_x, output.shape[3], width)
-        rows, columns = (torch.tensor(side.cells, device=input.device) for side in (down, across))
-        places = (rows[:, None] * width + columns).flatten()
-        crops = gather(places + image * (height * width)).view(1, len(rows), len(columns), channels)
-        target = output[k, :, down.bins, across.bins]
-        maximum, found = pooled(crops, places, target.shape[1], target.shape[2], argmax.numel() > 0)
-        target.copy_(maximum[0])
-        if argmax.numel():
-            argmax[k, :, down.bins, across.bins] = found[0].to(argmax.dtype)
+                index = index + torch.arange(0, h * w * len(crops), h * w, device=index.device).view(-1, 1, 1, 1)
+                copy_to(argmax, rows[start:stop], looked_up(places[some], index))
 
 
-def gatherer(input: Tensor, needed: int) -> Callable[[Tensor], Tensor]:
-    """A function from cells (n·H + y)·W + x to their channels, Tensor[cells, C], when about `needed` are asked for."""
-    batch, _, height, width = input.shape
-    size = height * width
-    if memory_format(input) is torch.contiguous_format and needed < batch * size:
-        maps = input.flatten(2)  # to convert it all would be more work
+def pool_far(
+    gather: Callable[[Tensor], Tensor], window: list[int], shape: torch.Size, output: Tensor, argmax: Tensor
+) -> None:
+    """Fills in the bins of one window, of which much lies off the map, that lie on it.
+
+    `output` is Tensor[C, pooled_height, pooled_width], `argmax` is that with a dimension of 1, or of 0, before it.
+    """
+    _, channels, height, width = shape
+    image, y, x, h, w = window
+    down = clipped_side(y, h, output.shape[1], height)
+    across = clipped_side(x, w, output.shape[2], width)
+    rows, columns = (torch.tensor(side.cells, device=output.device) for side in (down, across))
+    places = (rows[:, None] * width + columns).flatten()
+    crop = gather(places + image * (height * width)).view(1, len(rows), len(columns), channels)
+    target = output[:, down.bins, across.bins]
+    maximum, index = max_pool(crop, target.shape[1], target.shape[2])
+    target.copy_(maximum[0])
+    if argmax.numel():
+        argmax[:, :, down.bins, across.bins] = looked_up(places.to(argmax.dtype), index)
+
+
+def copy_to(target: Tensor, rows: list[int], values: Tensor) -> None:
+    """`target.index_copy_(0, rows, values)`, which takes ten times as long on channels_last tensors."""
+    for row, value in zip(rows, values, strict=True):
+        target[row].copy_(value)
+
+
+def max_pool(crops: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Adaptive max pooling of Tensor[G, h, w, C] to Tensor[G, C, height, width], and the cells h·w of the maxima."""
+    maximum, index = F.adaptive_max_pool2d(crops.permute(0, 3, 1, 2), (height, width), return_indices=True)
+    return maximum, index
+
+
+def looked_up(places: Tensor, index: Tensor) -> Tensor:
+    """`places.take(index)` for a channels_last `index`, a third of the time: as it lies in memory."""
+    index = index.permute(0, 2, 3, 1)
+    return places.index_select(0, index.flatten()).view(index.shape).permute(0, 3, 1, 2)
+
+
+def gatherer(input: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from cells (n·H + y)·W + x to their channels, Tensor[cells, C]."""
+    if memory_format(input) is torch.contiguous_format:
+        maps, size = input.flatten(2), input.shape[2] * input.shape[3]
         return lambda cells: maps[cells // size, :, cells % size]
-    rows = input.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(0, 2)
+    rows = input.permute(0, 2, 3, 1).flatten(0, 2)
     return lambda cells: rows.index_select(0, cells)
 
 
@@ -145,22 +221,6 @@ def window_cells(windows: Tensor, height: int, width: int) -> Tensor:
     return (image[window] * height + row) * width + column
 
 
-def pooled(crops: Tensor, places: Tensor, height: int, width: int, with_places: bool) -> tuple[Tensor, Tensor]:
-    """Adaptive max pooling of Tensor[G, h, w, C] to Tensor[G, C, height, width], and the place of each maximum.
-
-    `places` holds one for every cell of the crops.
-    """
-    maximum, index = adaptive_max_pool2d_with_indices(crops.permute(0, 3, 1, 2), (height, width))
-    if not with_places:
-        return maximum, places
-    index = index.permute(0, 2, 3, 1)  # as it lies in memory: `take` would be three times as slow
-    if len(crops) > 1:
-        cells = crops.shape[1] * crops.shape[2]
-        index = index + torch.arange(0, cells * len(crops), cells, device=crops.device).view(-1, 1, 1, 1)
-    found = places.index_select(0, index.flatten()).view(index.shape)
-    return maximum, found.permute(0, 3, 1, 2)
-
-
 def mark_empty(output: Tensor, argmax: Tensor, empty: Tensor) -> None:
     """Puts 0 and -1 into the bins that are empty, Tensor[K, pooled_height, pooled_width] of bool."""
     all_empty, any_empty = empty.flatten(1).all(dim=1), empty.flatten(1).any(dim=1)
@@ -187,20 +247,21 @@ def roi_pool_backward(
     Returns:
         Tensor[N, C, H, W] of the dtype of `grad`, in the memory format of `argmax`.
     """
-    layout = memory_format(argmax)
     wide = torch.promote_types(grad.dtype, torch.float32)
-    total = torch.zeros((batch, channels, height, width), dtype=wide, device=grad.device).to(memory_format=layout)
-    sums = flat(total, layout)
-    chunk = max(1, BINS_AT_ONCE // (grad[:1].numel() or 1))
-    for part in range(0, len(rois), chunk):
-        some = slice(part, part + chunk)
-        found, terms = argmax[some], grad[some].to(wide)
-        where = positions(found, rois[some], height, width)
-        empty = found < 0
-        if empty.any():
-            where, terms = where.masked_fill(empty, 0), terms.masked_fill(empty, 0)
-        sums.scatter_add_(0, flat(where, layout), flat(terms.contiguous(memory_format=layout), layout))
-    return total.to(grad.dtype)
+    total = torch.zeros(batch * (1 + height * width), channels, dtype=wide, device=grad.device)
+    step = max(BINS_AT_ONCE, total.numel()) // max(grad[:1].numel(), 1) + 1
+    for start in range(0, len(rois) if grad.numel() else 0, step):
+        some = slice(start, start + step)
+        index, terms = cell_rows(argmax[some], rois[some], batch, height * width), as_rows(grad[some].to(wide))
+        if grad.device.type == "cpu":
+            # To the gradient of max pooling the images are one tall map and the RoIs one tall output. On the CPU it
+            # adds whatever indices it is given, one after the other, at twice the speed of `scatter_add_`.
+            total += as_rows(torch.ops.aten.adaptive_max_pool2d_backward(tall(terms), tall(total), tall(index)))
+        else:
+            total.scatter_add_(0, index, terms)
+    cells = total.view(batch, 1 + height * width, channels)[:, 1:].to(grad.dtype)
+    maps = cells.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+    return maps.contiguous(memory_format=memory_format(argmax))
 
 
 def roi_pool_gather(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
@@ -208,25 +269,29 @@ def roi_pool_gather(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
 
     It is the adjoint of `roi_pool_backward`, and so its gradient. Built of differentiable operators.
     """
-    layout = memory_format(argmax)
-    empty = argmax < 0
-    where = positions(argmax, rois, *features.shape[2:]).masked_fill(empty, 0)
-    return flat(features.contiguous(memory_format=layout), layout)[where].masked_fill(empty, 0)
+    batch, channels, height, width = features.shape
+    maps = F.pad(features.flatten(2).transpose(1, 2), (0, 0, 1, 0))  # a row of zeros before each image's cells
+    values = maps.reshape(-1, channels).gather(0, cell_rows(argmax, rois, batch, height * width))
+    pooled_height, pooled_width = argmax.shape[2:]
+    values = values.view(len(rois), pooled_height, pooled_width, channels).permute(0, 3, 1, 2)
+    return values.contiguous(memory_format=memory_format(argmax))
 
 
-def positions(argmax: Tensor, rois: Tensor, height: int, width: int) -> Tensor:
-    """Where in the memory of a Tensor[N, C, height, width] in the format of `argmax` its cells lie (not its -1)."""
-    channels = argmax.shape[1]
-    channel = torch.arange(channels, device=argmax.device)
-    image = rois[:, :1].to(torch.int64)
-    cells = height * width
-    if memory_format(argmax) is torch.channels_last:
-        first, step = image * (cells * channels) + channel, channels
-    else:
-        first, step = (image * channels + channel) * cells, 1
-    return torch.add(first[:, :, None, None], argmax, alpha=step)
+def cell_rows(argmax: Tensor, rois: Tensor, batch: int, cells: int) -> Tensor:
+    """The cells `argmax` as rows of a tensor that has for each image a row for "none" (-1), then one for each cell.
+
+    Tensor[K·pooled_height·pooled_width, C] of int64.
+    """
+    image = rois[:, 0].nan_to_num().clamp(0, batch - 1).to(torch.int64)  # rejected boxes have no argmax
+    first = (image * (1 + cells) + 1).repeat_interleave(argmax.shape[2] * argmax.shape[3])
+    return as_rows(argmax) + first[:, None]
 
 
-def flat(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """`x`, which has that format, as a vector in the order of its memory."""
-    return (x.permute(0, 2, 3, 1) if layout is torch.channels_last else x).reshape(-1)
+def tall(rows: Tensor) -> Tensor:
+    """Tensor[1, C, R, 1] in channels_last memory of Tensor[R, C] `rows`."""
+    return rows.view(1, -1, 1, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Tensor[N·H·W, C] of Tensor[N, C, H, W]: no copy where that is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

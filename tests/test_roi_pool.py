@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from roi import RoIPool, roi_pool
-from roi.bins import roi_windows, round_half_away
+from roi import RoIPool, roi_pool, torch_path
+from roi.bins import empty_bins, roi_windows, round_half_away
+from roi.range_max import roi_maxima, table_is_cheaper
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
 
@@ -139,6 +140,64 @@ def test_gradient_is_the_reference_in_float64(dtype, layout, output_size: tuple[
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(input.grad.double(), torch.from_numpy(expected), rtol=rounding, atol=50 * 2**-23)
     assert input.grad.is_contiguous(memory_format=layout)
+
+
+# --- the ways of the torch path
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("kind", [around, grid_aligned, tiny])
+@pytest.mark.parametrize(("count", "channels"), [(3, 2), (400, 1), (400, 5), (90, 40)])
+def test_without_argmax_the_same_bits(count: int, channels: int, kind, dtype: torch.dtype, layout) -> None:
+    """Without a gradient few channels go through the sparse table; NaN, infinities and zeros of both signs included."""
+    rois = torch.cat([kind(count, 2, 4, 13, 17), far_off(2)])
+    for special in (False, True):
+        input = features((2, channels, 13, 17), dtype, special=special).contiguous(memory_format=layout)
+        expected, _ = pooled(input, rois, 1 / 4, 7, 3)
+        output, _ = torch.ops.fpn_roi.roi_pool(input, rois, 1 / 4, 7, 3, False, "torch")
+        assert same_bits(output, expected)
+        assert output.stride() == expected.stride()
+
+
+def far_off(images: int) -> Tensor:
+    rois = hostile_boxes(images, 52, 68)
+    return rois[rois.isfinite().all(dim=1) & (rois[:, 0] >= 0) & (rois[:, 0] < images)]
+
+
+@pytest.mark.parametrize(("channels", "count", "expected"), [(1, 512, True), (3, 512, True), (256, 512, False)])
+def test_the_table_is_for_few_channels_and_many_rois(channels: int, count: int, expected: bool) -> None:
+    windows = roi_windows(around(count, 1, 16, 50, 84), 1 / 16)
+    input = torch.rand(1, channels, 50, 84)
+    assert table_is_cheaper(input, windows, 7, 7) == expected
+    assert not table_is_cheaper(-input * 0, windows, 7, 7)  # zeros below zero, which `maximum` does not tell apart
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+def test_table_is_the_reference(channels: int) -> None:
+    input = torch.randn(2, channels, 13, 17)
+    rois = torch.cat([around(50, 2, 4, 13, 17), far_off(2)])
+    windows = roi_windows(rois, 1 / 4)
+    expected, _ = reference.roi_pool(input.numpy(), rois.numpy(), 1 / 4, 7, 3)
+    empty = empty_bins(windows, 7, 3, 13, 17)[:, None]
+    assert same_bits(roi_maxima(input, windows, 7, 3).masked_fill(empty, 0), torch.from_numpy(expected))
+
+
+@layouts
+def test_chunks_of_any_size_give_the_same(layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    input = torch.randn(3, 6, 13, 17).contiguous(memory_format=layout).requires_grad_()
+    rois = torch.cat([around(200, 3, 4, 13, 17), tiny(200, 3, 4, 13, 17), far_off(3)])
+    outcomes = []
+    for limit in (1, 37, 1000, 2**20):
+        for name in ("CELLS_AT_ONCE", "VALUES_AT_ONCE", "BINS_AT_ONCE"):
+            monkeypatch.setattr(torch_path, name, limit)
+        output = roi_pool(input, rois, (4, 3), 1 / 4)
+        (gradient,) = torch.autograd.grad(output.double().square().sum(), input)
+        outcomes.append((output, gradient, pooled(input.detach(), rois, 1 / 4, 4, 3)[1]))
+    for output, gradient, argmax in outcomes[1:]:
+        assert same_bits(output, outcomes[0][0])
+        assert torch.equal(argmax, outcomes[0][2])
+        torch.testing.assert_close(gradient, outcomes[0][1], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [57, 114, 121])
