@@ -12,6 +12,7 @@ from torch import Tensor
 
 from roi.bins import bin_edges
 
+MIN_WINDOWS = 16  # fewer are pooled before the costs are reckoned
 TABLE_LIMIT = 2**27  # values: the table's memory is bounded, whatever the cost says
 
 
@@ -22,6 +23,8 @@ def table_is_cheaper(input: Tensor, windows: Tensor, pooled_height: int, pooled_
     the allocation of memory that is used once.
     """
     _, channels, height, width = input.shape
+    if len(windows) < MIN_WINDOWS:
+        return False
     bins = len(windows) * pooled_height * pooled_width
     rows, columns = table_sizes(windows, pooled_height, pooled_width, height, width)
     values = rows * columns * input.numel()
