@@ -26,7 +26,7 @@ class Kernel(Protocol):
 
 
 class KernelCompilationError(RuntimeError):
-    """The CUDA compiler rejected a kernel; the message ends with its log."""
+    """A kernel could not be compiled or loaded; the message ends with the compiler's log, or the driver's reason."""
 
 
 def sources() -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def compile_options() -> tuple[str, ...]:
     return ("-std=c++17", f"-I{_FOLDER}", f"-DROI_HEADERS_DIGEST=0x{digest.hexdigest()[:16]}")
 
 
-_kernels: dict[tuple[str, str, int], Kernel] = {}
+_kernels: dict[tuple[str, str, int], Kernel | KernelCompilationError] = {}
 _lock = threading.Lock()
 
 
@@ -74,7 +74,7 @@ def get_kernel(source: str, expression: str, device: int) -> Kernel:
 
     Raises:
         ValueError: there is no such source.
-        KernelCompilationError: the compiler rejected the instantiation.
+        KernelCompilationError: the instantiation could not be compiled or loaded, now or at the first request.
         ImportError: CuPy is not installed.
     """
     key = (source, expression, device)
@@ -84,17 +84,19 @@ def get_kernel(source: str, expression: str, device: int) -> Kernel:
             kernel = _kernels.get(key)
             if kernel is None:
                 kernel = _kernels[key] = _compile(source, expression, device)
+    if isinstance(kernel, KernelCompilationError):
+        raise kernel
     return kernel
 
 
-def _compile(source: str, expression: str, device: int) -> Kernel:
+def _compile(source: str, expression: str, device: int) -> Kernel | KernelCompilationError:
     import cupy
-    from cupy.cuda.compiler import CompileException
 
-    with cupy.cuda.Device(device):
-        module = cupy.RawModule(code=read_source(source), options=compile_options(), name_expressions=(expression,))
-        try:
+    text, options = read_source(source), compile_options()
+    try:
+        with cupy.cuda.Device(device):
+            module = cupy.RawModule(code=text, options=options, name_expressions=(expression,))
             kernel: Kernel = module.get_function(expression)
-        except CompileException as error:
-            raise KernelCompilationError(f"{source}.cu does not compile for {expression}:\n{error}") from error
+    except Exception as error:  # the compiler's, NVRTC's when its library is missing, the driver's
+        return KernelCompilationError(f"{source}.cu cannot be built for {expression}: {type(error).__name__}: {error}")
     return kernel

@@ -1,11 +1,18 @@
 """RoI feature extraction: pure torch, and CUDA kernels that CuPy compiles at run time."""
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     # A source checkout, where the folder that installs as roi.kernels lies beside this one.
-    __path__.append(str(_here.parent))
+    _kernels = _here.parent / "kernels"
+    _spec = spec_from_file_location("roi.kernels", _kernels / "__init__.py", submodule_search_locations=[str(_kernels)])
+    assert _spec is not None
+    assert _spec.loader is not None
+    kernels = sys.modules["roi.kernels"] = module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
 from roi.backend import backend_info, default_backend, set_default_backend  # noqa: E402
 from roi.pool import RoIPool, roi_pool  # noqa: E402

@@ -17,20 +17,24 @@ BACKENDS = ("auto", "torch", "cupy")
 VARIABLE = "ROI_BACKEND"
 INSTALL = "pip install 'fpn-roi[cuda12]' (or 'fpn-roi[cuda13]'), for the CUDA version of your driver"
 
-_default = os.environ.get(VARIABLE, "auto")
-_compilation_problems: dict[str, str] = {}  # operator -> the compiler's log
+_default = os.environ.get(VARIABLE, "auto")  # checked where it is used, so that importing never fails
+_last_problems: dict[str, str] = {}  # operator -> why its kernel was last not to be had
 _warned: set[str] = set()
 
 
-def check_backend(backend: str) -> str:
+def check_backend(backend: str, name: str = "backend") -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
 
 
 def default_backend() -> str:
-    """What backend="auto" means in this process: at first the environment variable ROI_BACKEND, else "auto"."""
-    return _default
+    """What backend="auto" means in this process: at first the environment variable ROI_BACKEND, else "auto".
+
+    Raises:
+        ValueError: the environment variable names no backend.
+    """
+    return check_backend(_default, f"the environment variable {VARIABLE}")
 
 
 def set_default_backend(backend: str) -> None:
@@ -52,15 +56,17 @@ def run(operator: str, device: torch.device, backend: str, *args: Any) -> Any:
     Raises:
         RuntimeError: "cupy" was asked for where it cannot run; the message says what is missing.
     """
-    wanted = backend if backend != "auto" else check_backend(_default)
+    wanted = backend if backend != "auto" else default_backend()
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return getattr(torch_path, operator)(*args)
-    problem = cupy_problem(device.type) or _compilation_problems.get(operator)
+    problem = cupy_problem(device.type)
     if problem is None:
         try:
             return getattr(cupy_path, operator)(*args)
+        except cupy_path.KernelLimitError as error:
+            problem = str(error)
         except KernelCompilationError as error:
-            problem = _compilation_problems[operator] = str(error)
+            problem = _last_problems[operator] = f"{error}\n{INSTALL}"
     if wanted == "cupy":
         raise RuntimeError(f"backend 'cupy' cannot run {operator}: {problem}")
     if problem not in _warned:
@@ -109,10 +115,11 @@ class BackendInfo:
 
 def backend_info() -> BackendInfo:
     """Which path runs for CPU and for CUDA tensors in this process when backend="auto", and why."""
-    problems = [problem for problem in (cupy_problem("cuda"), *_compilation_problems.values()) if problem]
-    if _default == "torch":
-        return BackendInfo(_default, "torch", "torch", "torch is the default of this process")
-    without = "torch" if _default == "auto" else "RuntimeError"
+    problems = [problem for problem in (cupy_problem("cuda"), *_last_problems.values()) if problem]
+    default = default_backend()
+    if default == "torch":
+        return BackendInfo(default, "torch", "torch", "torch is the default of this process")
+    without = "torch" if default == "auto" else "RuntimeError"
     outcome = without if problems else "cupy"
-    cpu = "RuntimeError" if _default == "cupy" else "torch"
-    return BackendInfo(_default, cpu, outcome, "; ".join(problems) or "CuPy imports and sees the device")
+    cpu = "RuntimeError" if default == "cupy" else "torch"
+    return BackendInfo(default, cpu, outcome, "; ".join(problems) or "CuPy imports and sees the device")

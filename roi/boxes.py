@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -91,6 +92,10 @@ def check_input(input: Tensor) -> None:
 def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) in bins of `output_size`, an int or a pair of them, each at least 1."""
     pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
+    # NumPy's integers too, as torchvision takes them.
+    pair = tuple(
+        index(side) if hasattr(side, "__index__") and not isinstance(side, torch.SymInt) else side for side in pair
+    )
     if len(pair) != 2 or not all(isinstance(side, int | torch.SymInt) and side >= 1 for side in pair):
         raise ValueError(f"output_size must be an int or a pair of ints, at least 1; got {output_size!r}")
     return pair[0], pair[1]

@@ -17,6 +17,11 @@ from torch import Tensor
 from roi.kernels import get_kernel
 from roi.layout import empty_argmax, empty_pooled, memory_format
 
+
+class KernelLimitError(ValueError):
+    """The CUDA kernels do not take tensors of this size or dtype; the torch path does."""
+
+
 # C++ names of the element types.
 _FEATURES = {
     torch.float32: "float",
@@ -60,7 +65,7 @@ def roi_pool(
             there is one; -1 for an empty bin. Tensor[0] where it was not asked for.
 
     Raises:
-        ValueError: a size is beyond what the kernels address.
+        KernelLimitError: a size or a dtype is not one that the kernels take.
     """
     batch, channels, height, width = input.shape
     _check_limits(batch, channels, height, width, pooled_height, pooled_width)
@@ -110,7 +115,7 @@ def roi_pool_backward(
         Tensor[batch, channels, height, width] in the dtype of `grad` and the memory format of `argmax`.
 
     Raises:
-        ValueError: a size is beyond what the kernels address.
+        KernelLimitError: a size or a dtype is not one that the kernels take.
     """
     pooled_height, pooled_width = argmax.shape[2:]
     _check_limits(batch, channels, height, width, pooled_height, pooled_width)
@@ -150,24 +155,26 @@ def roi_pool_backward(
 
 def _check_limits(batch: int, channels: int, height: int, width: int, pooled_height: int, pooled_width: int) -> None:
     if height > _MAX_EXTENT or width > _MAX_EXTENT:
-        raise ValueError(f"the CUDA kernels take maps of at most 2**30 rows and columns, got {height} x {width}")
+        raise KernelLimitError(f"the CUDA kernels take maps of at most 2**30 rows and columns, got {height} x {width}")
     if pooled_height < 1 or pooled_width < 1 or pooled_height + pooled_width > _MAX_BINS_PER_SIDE:
-        raise ValueError(
+        raise KernelLimitError(
             f"the CUDA kernels take an output size of at least 1 x 1 whose sides sum to at most {_MAX_BINS_PER_SIDE}, "
             f"got {pooled_height} x {pooled_width}"
         )
     if channels * pooled_height * pooled_width > _MAX_EXTENT:
-        raise ValueError(
+        raise KernelLimitError(
             "the CUDA kernels take at most 2**30 output elements per box, "
             f"got {channels} x {pooled_height} x {pooled_width}"
         )
     if batch * channels >= 2**31:
-        raise ValueError(f"the CUDA kernels take batch size x channels below 2**31, got {batch} x {channels}")
+        raise KernelLimitError(f"the CUDA kernels take batch size x channels below 2**31, got {batch} x {channels}")
 
 
 @lru_cache(maxsize=256)
 def _types(features: torch.dtype, coordinates: torch.dtype, index: torch.dtype, flag: bool) -> str:
     """Template arguments that the kernels have in common: element types and a switch."""
+    if features not in _FEATURES:
+        raise KernelLimitError(f"the CUDA kernels take {', '.join(map(str, _FEATURES))}, got {features}")
     return f"{_FEATURES[features]}, {_COORDINATES[coordinates]}, {_INDICES[index]}, {str(flag).lower()}"
 
 

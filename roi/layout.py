@@ -13,6 +13,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def format_of(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def argmax_dtype(height: int, width: int) -> torch.dtype:
     """The integer that holds any cell y·width + x of a map."""
     return torch.int32 if height * width < 2**31 else torch.int64

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from roi import backend as backends
 from roi.boxes import Boxes, as_rois, check_content, check_input, check_scale, output_pair
-from roi.layout import empty_argmax, empty_pooled, memory_format
+from roi.layout import empty_argmax, empty_pooled, format_of, memory_format
 from roi.torch_path import roi_pool_gather
 
 NAMESPACE = "fpn_roi"
@@ -43,15 +43,16 @@ def roi_pool(
         backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
 
     Returns:
-        Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input`, twice too.
-        On CUDA, a row with a non-finite number or a batch index outside [0, N) comes out as NaN.
+        Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input` (reverse
+        mode, to any order), not in the boxes. On CUDA, a row with a non-finite number or a batch index outside [0, N)
+        comes out as NaN.
 
     Raises:
         TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.
         RuntimeError: backend="cupy" where it cannot run; the message says what to install.
     """
     check_input(input)
-    rois = as_rois(boxes, input)
+    rois = as_rois(boxes, input).detach()
     height, width = output_pair(output_size)
     with_argmax = torch.is_grad_enabled() and input.requires_grad
     output, _ = torch.ops.fpn_roi.roi_pool(
@@ -93,7 +94,7 @@ torch.library.define(
 torch.library.define(
     f"{NAMESPACE}::roi_pool_backward",
     "(Tensor grad, Tensor rois, Tensor argmax, float spatial_scale, SymInt batch, SymInt channels, SymInt height, "
-    "SymInt width, str backend) -> Tensor",
+    "SymInt width, bool channels_last, str backend) -> Tensor",
 )
 
 
@@ -117,10 +118,13 @@ def _roi_pool_backward(
     channels: int,
     height: int,
     width: int,
+    channels_last: bool,
     backend: str,
 ) -> Tensor:
     args = (grad, rois, argmax, scale, batch, channels, height, width)
-    return cast(Tensor, backends.run("roi_pool_backward", grad.device, backend, *args))
+    grad_input: Tensor = backends.run("roi_pool_backward", grad.device, backend, *args)
+    # The paths go by argmax, whose format is ambiguous where it has one bin or no RoI.
+    return grad_input.contiguous(memory_format=format_of(channels_last))
 
 
 def _fake_roi_pool(
@@ -139,33 +143,36 @@ def _fake_roi_pool_backward(
     channels: int,
     height: int,
     width: int,
+    channels_last: bool,
     backend: str,
 ) -> Tensor:
     shape = (batch, channels, height, width)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(argmax))
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
 
 def _save_for_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, rois, ctx.scale, _, _, with_argmax, ctx.backend = inputs
     if not with_argmax:
         raise RuntimeError("fpn_roi::roi_pool was called with_argmax=False on features that require a gradient")
-    ctx.shape = input.shape
+    ctx.shape, ctx.channels_last = input.shape, memory_format(input) is torch.channels_last
     ctx.save_for_backward(rois, output[1])
 
 
 def _pool_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     rois, argmax = ctx.saved_tensors
-    grad_input = torch.ops.fpn_roi.roi_pool_backward(grad, rois, argmax, ctx.scale, *ctx.shape, ctx.backend)
+    options = (*ctx.shape, ctx.channels_last, ctx.backend)
+    grad_input = torch.ops.fpn_roi.roi_pool_backward(grad, rois, argmax, ctx.scale, *options)
     return (grad_input, *[None] * 6)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, rois, argmax, *_ = inputs
+    _, rois, argmax, *_, ctx.channels_last, _ = inputs
     ctx.save_for_backward(rois, argmax)
 
 
 def _backward_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (roi_pool_gather(grad_grad, *ctx.saved_tensors), *[None] * 8)
+    tangent = roi_pool_gather(grad_grad, *ctx.saved_tensors)
+    return (tangent.contiguous(memory_format=format_of(ctx.channels_last)), *[None] * 9)
 
 
 torch.library.register_fake(f"{NAMESPACE}::roi_pool", _fake_roi_pool)

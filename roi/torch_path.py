@@ -42,8 +42,8 @@ def roi_pool(
     batch, _, height, width = input.shape
     output = empty_pooled(input, len(rois), pooled_height, pooled_width)
     argmax = empty_argmax(input, output, with_argmax)
-    if output.numel() == 0:
-        return output, argmax
+    if output.numel() == 0 or batch == 0:  # with no image, no row is valid
+        return output.fill_(torch.nan), argmax.fill_(-1)
 
     valid = valid_rows(rois, batch)
     windows = roi_windows(torch.where(valid[:, None], rois, 0), spatial_scale)
@@ -249,6 +249,8 @@ def roi_pool_backward(
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(batch * (1 + height * width), channels, dtype=wide, device=grad.device)
+    if not total.numel():  # no image: no row was valid
+        return total.to(grad.dtype).view(batch, channels, height, width)
     step = max(BINS_AT_ONCE, total.numel()) // max(grad[:1].numel(), 1) + 1
     for start in range(0, len(rois) if grad.numel() else 0, step):
         some = slice(start, start + step)
@@ -270,11 +272,12 @@ def roi_pool_gather(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
     It is the adjoint of `roi_pool_backward`, and so its gradient. Built of differentiable operators.
     """
     batch, channels, height, width = features.shape
+    if batch == 0 or channels == 0:
+        return features.new_zeros(argmax.shape)
     maps = F.pad(features.flatten(2).transpose(1, 2), (0, 0, 1, 0))  # a row of zeros before each image's cells
     values = maps.reshape(-1, channels).gather(0, cell_rows(argmax, rois, batch, height * width))
-    pooled_height, pooled_width = argmax.shape[2:]
-    values = values.view(len(rois), pooled_height, pooled_width, channels).permute(0, 3, 1, 2)
-    return values.contiguous(memory_format=memory_format(argmax))
+    count, _, pooled_height, pooled_width = argmax.shape
+    return values.view(count, pooled_height, pooled_width, channels).permute(0, 3, 1, 2)
 
 
 def cell_rows(argmax: Tensor, rois: Tensor, batch: int, cells: int) -> Tensor:

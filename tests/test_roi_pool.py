@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from roi import RoIPool, roi_pool, torch_path
@@ -314,6 +316,12 @@ def test_bad_arguments(change: dict[str, object], error: type[Exception], messag
         roi_pool(**(good | change))
 
 
+@pytest.mark.parametrize("number", [int, np.int64, np.int32])
+def test_output_size_may_be_any_integer(number: type) -> None:
+    input, rois = torch.randn(2, 3, 8, 8), ordinary_boxes(9, 2, 8, 8)
+    assert same_bits(roi_pool(input, rois, (number(3), number(2))), roi_pool(input, rois, (3, 2)))
+
+
 def test_module_is_the_function() -> None:
     input, rois = torch.randn(2, 3, 8, 8), ordinary_boxes(9, 2, 64, 64)
     module = RoIPool((3, 2), 1 / 8)
@@ -345,8 +353,58 @@ def test_opcheck(dtype: torch.dtype, layout) -> None:
     torch.library.opcheck(torch.ops.fpn_roi.roi_pool.default, (leaf, rois, 1.0, 3, 2, True, "torch"))
     output, argmax = pooled(input, rois, 1.0, 3, 2)
     grad = torch.randn_like(output).requires_grad_()
-    args = (grad, rois, argmax, 1.0, *input.shape, "torch")
+    args = (grad, rois, argmax, 1.0, *input.shape, layout is torch.channels_last, "torch")
     torch.library.opcheck(torch.ops.fpn_roi.roi_pool_backward.default, args)
+
+
+@layouts
+def test_boxes_take_no_gradient(layout) -> None:
+    """Predicted boxes come with a gradient function; pooling from frozen features must not mind."""
+    input = torch.randn(2, 3, 8, 9).contiguous(memory_format=layout)
+    boxes = ordinary_boxes(5, 2, 8, 9).requires_grad_()
+    assert not roi_pool(input, boxes, 3).requires_grad
+    roi_pool(input.requires_grad_(), boxes, 3).sum().backward()
+    assert boxes.grad is None
+    assert input.grad is not None
+
+
+@layouts
+@pytest.mark.parametrize(("count", "output_size"), [(0, 3), (5, 1), (5, 3)])
+def test_the_gradient_has_the_features_format(count: int, output_size: int, layout) -> None:
+    input = torch.randn(2, 3, 8, 9).contiguous(memory_format=layout).requires_grad_()
+    (gradient,) = torch.autograd.grad(roi_pool(input, ordinary_boxes(count, 2, 8, 9), output_size).sum(), input)
+    assert gradient.stride() == input.stride()
+
+
+@layouts
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compile_with_as_many_boxes_as_the_data_say(layout) -> None:
+    """The graph after non-maximum suppression: the number of RoIs is known at run time only."""
+
+    def head(x: Tensor, boxes: Tensor, kept: Tensor) -> Tensor:
+        return roi_pool(x * 2, boxes[kept.nonzero().squeeze(1)], 3, 1 / 2).square()
+
+    torch.compiler.reset()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    boxes = ordinary_boxes(6, 2, 16, 18)
+    for kept in (torch.tensor([1, 0, 1, 1, 0, 1]), torch.tensor([0, 1, 0, 0, 0, 0]), torch.zeros(6)):
+        input = torch.randn(2, 3, 8, 9).contiguous(memory_format=layout).requires_grad_()
+        expected = head(input, boxes, kept)
+        actual = compiled(input, boxes, kept)
+        assert same_bits(actual, expected)
+        (wanted,) = torch.autograd.grad(expected.sum(), input)
+        (got,) = torch.autograd.grad(actual.sum(), input)
+        assert same_bits(got, wanted)
+
+
+def test_no_image_is_no_row() -> None:
+    """The torch path on CUDA reaches this; on the CPU such boxes are refused before."""
+    input, rois = torch.zeros(0, 3, 8, 9), torch.zeros(4, 5)
+    output, argmax = torch_path.roi_pool(input, rois, 1.0, 2, 2, True)
+    assert output.isnan().all()
+    assert (argmax == -1).all()
+    assert torch_path.roi_pool_backward(torch.ones_like(output), rois, argmax, 1.0, *input.shape).shape == input.shape
+    assert not torch_path.roi_pool_gather(input, rois, argmax).any()
 
 
 def test_no_argmax_without_a_gradient() -> None:

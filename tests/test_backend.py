@@ -1,0 +1,104 @@
+"""Which path runs, what is said about it, and what happens where CuPy cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from roi.kernels import KernelCompilationError
+
+import roi
+from roi import backend, cupy_path, roi_pool
+
+INPUT, BOXES = torch.arange(64.0).view(1, 1, 8, 8), torch.tensor([[0.0, 0, 0, 7, 7]])
+EXPECTED = torch.tensor([[[[27.0, 31.0], [59.0, 63.0]]]])
+CUDA = torch.device("cuda")
+ARGUMENTS = (INPUT, BOXES, 1.0, 2, 2, False)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_default", "auto")
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(backend, "_last_problems", {})
+
+
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_cpu_tensors_take_the_torch_path(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(roi_pool(INPUT, BOXES, 2, backend=name), EXPECTED)
+
+
+def test_cupy_on_the_cpu_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="backend 'cupy' cannot run roi_pool: its kernels run on CUDA tensors"):
+        roi_pool(INPUT, BOXES, 2, backend="cupy")
+
+
+def test_process_default() -> None:
+    roi.set_default_backend("cupy")
+    assert roi.default_backend() == "cupy"
+    with pytest.raises(RuntimeError, match="cannot run roi_pool"):
+        roi_pool(INPUT, BOXES, 2)
+    assert torch.equal(roi_pool(INPUT, BOXES, 2, backend="torch"), EXPECTED)
+    roi.set_default_backend("torch")
+    assert roi.backend_info() == backend.BackendInfo("torch", "torch", "torch", "torch is the default of this process")
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, cupy; got 'numpy'"):
+        roi.set_default_backend("numpy")
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [
+        ("torch", "(1, 1, 2, 2)"),
+        ("auto", "(1, 1, 2, 2)"),
+        ("cupy", "RuntimeError: backend 'cupy' cannot run roi_pool"),
+        ("numpy", "ValueError: the environment variable ROI_BACKEND must be one of auto, torch, cupy; got 'numpy'"),
+    ],
+)
+def test_environment_variable(value: str, outcome: str) -> None:
+    program = "import torch, roi; print(tuple(roi.roi_pool(torch.zeros(1, 1, 8, 8), torch.zeros(1, 5), 2).shape))"
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ROI_BACKEND": value}, check=False)
+    assert outcome in (run.stdout if run.returncode == 0 else run.stderr)
+
+
+def test_auto_falls_back_with_one_warning_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "cupy_problem", lambda device_type: "CuPy does not import (reason)")
+    with pytest.warns(UserWarning, match=r"roi_pool runs on the torch path.*CuPy does not import \(reason\)"):
+        output, _ = backend.run("roi_pool", CUDA, "auto", *ARGUMENTS)
+    assert torch.equal(output, EXPECTED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.run("roi_pool", CUDA, "auto", *ARGUMENTS)
+    assert roi.backend_info().cuda == "torch"
+    assert "reason" in str(roi.backend_info())
+
+
+@pytest.mark.parametrize(
+    "error", [KernelCompilationError("log of the compiler"), cupy_path.KernelLimitError("too large")]
+)
+def test_a_kernel_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(backend, "cupy_problem", lambda device_type: None)
+    monkeypatch.setattr(cupy_path, "roi_pool", fail)
+    assert roi.backend_info().cuda == "cupy"
+    with pytest.raises(RuntimeError, match=str(error)):
+        backend.run("roi_pool", CUDA, "cupy", *ARGUMENTS)
+    with pytest.warns(UserWarning, match=str(error)):
+        output, _ = backend.run("roi_pool", CUDA, "auto", *ARGUMENTS)
+    assert torch.equal(output, EXPECTED)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_device_the_reason_is_that() -> None:
+    assert backend.cupy_problem("cuda") == "this torch sees no CUDA device"
+    assert str(roi.backend_info()) == (
+        "RoI operators (default auto): cpu -> torch; cuda -> torch (this torch sees no CUDA device)"
+    )
