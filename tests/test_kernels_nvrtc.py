@@ -213,8 +213,20 @@ def test_an_error_of_the_compiler_comes_with_its_log(monkeypatch):
     with pytest.raises(kernels.KernelCompilationError, match=r"roi_pool\.cu\(7\): error: expected a ;") as caught:
         kernels.get_kernel("roi_pool", NAME, 0)
     assert NAME in str(caught.value)
+    # It is remembered, for compiling at every call would be slow, and holds back no other kernel and no other GPU.
     fake.error = None
-    assert kernels.get_kernel("roi_pool", NAME, 0) is not None
+    with pytest.raises(kernels.KernelCompilationError, match="expected a ;"):
+        kernels.get_kernel("roi_pool", NAME, 0)
+    assert kernels.get_kernel("roi_pool", NAME, 1) is not None
+    assert kernels.get_kernel("roi_pool", NAME.replace("true", "false"), 0) is not None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no libnvrtc.so.12"), ImportError("cannot open shared object file")])
+def test_a_compiler_that_is_not_there_is_the_same_error(monkeypatch, error):
+    fake = FakeCuPy(monkeypatch)
+    fake.error = error
+    with pytest.raises(kernels.KernelCompilationError, match=str(error)):
+        kernels.get_kernel("roi_pool", NAME, 0)
 
 
 def test_an_unknown_source_is_refused(monkeypatch):
