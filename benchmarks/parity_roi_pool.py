@@ -21,15 +21,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder comes first otherwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import roi
 from benchmarks.harness import describe, environment
-from roi.bins import roi_windows
 from roi.layout import memory_format
 from tests.cuda_on_cpu import reference
+from tests.torchvision_bins import torchvision_bins_are_exact
 
 SCALES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 3, 0.3, 0.0619)
 FARTHEST = 2.0**28  # cells; a little further and torchvision's 32-bit sizes overflow
@@ -42,27 +41,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in every bit, the sign of zero included."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
-
-
-def sizes_exact(sizes: np.ndarray, bins: int, number: type[np.floating]) -> np.ndarray:
-    """Whether torchvision's bins floor(p·(size/bins)) … ceil((p+1)·(size/bins)), in `number`, are the integer ones.
-
-    Args:
-        sizes: cells of one side of each RoI, (K,) int64.
-    """
-    p = np.arange(bins + 1)
-    integer = p * sizes[:, None]  # times the edges' positions, in units of 1/bins of a cell
-    edges = p.astype(number) * (sizes.astype(number) / number(bins))[:, None]
-    begins = np.floor(edges[:, :-1]).astype(np.int64) == integer[:, :-1] // bins
-    ends = np.ceil(edges[:, 1:]).astype(np.int64) == -(-integer[:, 1:] // bins)
-    return (begins & ends).all(axis=1)
-
-
-def torchvision_bins_are_exact(rois: Tensor, scale: float, height: int, width: int) -> Tensor:
-    """Tensor[K] of bool on the CPU: whether torchvision's bins, in the dtype of `rois`, are the integer ones."""
-    heights, widths = roi_windows(rois.cpu(), scale)[:, 3:].unbind(1)
-    number = np.float64 if rois.dtype == torch.float64 else np.float32
-    return torch.from_numpy(sizes_exact(heights.numpy(), height, number) & sizes_exact(widths.numpy(), width, number))
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,12 @@ from benchmarks.harness import (
     table,
     write_json,
 )
-from benchmarks.parity_roi_pool import same_bits, torchvision_bins_are_exact
+from benchmarks.parity_roi_pool import same_bits
 from benchmarks.workloads import LARGE_IMAGE, WORKLOADS, Workload, cells_touched, past_the_map, rpn_like
 from roi.backend import cupy_problem
 from roi.bins import roi_windows
 from tests.cuda_on_cpu import reference
+from tests.torchvision_bins import torchvision_bins_are_exact
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

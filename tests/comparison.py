@@ -28,3 +28,13 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
                 if value is not None:
                     value.data.uniform_(low, high, generator=generator)
     return module
+
+
+def same_bits(actual: Tensor, expected: Tensor) -> bool:
+    """Of one dtype and shape and equal in every bit, the sign of zero included; a NaN equals a NaN."""
+    actual, expected = actual.cpu(), expected.cpu()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        return False
+    both_nan = actual.isnan() & expected.isnan()
+    return bool(((actual.view(integer) == expected.view(integer)) | both_nan).all())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from roi import cupy_path
 from roi.layout import memory_format
+from tests.comparison import same_bits
 from tests.cuda_on_cpu import COMPILER, Library, build, reference, roi_pool_variants
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
 
@@ -56,12 +57,6 @@ def deterministic() -> Iterator[None]:
 def boxes_for(shape: tuple[int, int, int, int], scale: float, dtype: torch.dtype) -> Tensor:
     height, width = shape[2] / scale, shape[3] / scale
     return torch.cat([hostile_boxes(shape[0], height, width), ordinary_boxes(20, shape[0], height, width)]).to(dtype)
-
-
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    """Equal, the sign of zero included. A NaN equals a NaN."""
-    equal = (actual == expected) & (actual.signbit() == expected.signbit())
-    return bool((equal | (actual.isnan() & expected.isnan())).all())
 
 
 def expected_pool(input: Tensor, rois: Tensor, scale: float, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,10 @@ from torch import Tensor
 from roi import RoIPool, roi_pool, torch_path
 from roi.bins import empty_bins, roi_windows, round_half_away
 from roi.range_max import roi_maxima, table_is_cheaper
+from tests.comparison import same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
+from tests.torchvision_bins import torchvision_bins_are_exact
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -22,36 +24,10 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channel
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in every bit, NaN to NaN and the sign of zero included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    both_nan = a.isnan() & b.isnan()
-    return a.dtype == b.dtype and a.shape == b.shape and bool(((a.view(integer) == b.view(integer)) | both_nan).all())
-
-
 def pooled(input: Tensor, rois: Tensor, scale: float, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Output and argmax by the torch path, straight from the dispatcher."""
     output, argmax = torch.ops.fpn_roi.roi_pool(input, rois, scale, height, width, True, "torch")
     return output, argmax
-
-
-def torchvision_bins_are_exact(rois: Tensor, scale: float, height: int, width: int) -> Tensor:
-    """Tensor[K] of bool: whether torchvision's floating-point bins of each RoI are the integer ones.
-
-    They are not at a few sizes, for 7 bins 57, 114, 121, … cells in float32 and 29, 58, 116, … in float64.
-    """
-    number = rois.numpy().dtype.type
-
-    def exact(size: int, bins: int) -> bool:
-        step = number(size) / number(bins)
-        return all(
-            math.floor(number(p) * step) == p * size // bins
-            and math.ceil(number(p + 1) * step) == -(-(p + 1) * size // bins)
-            for p in range(bins)
-        )
-
-    sizes = roi_windows(rois, scale)[:, 3:].tolist()
-    return torch.tensor([exact(h, height) and exact(w, width) for h, w in sizes])
 
 
 def grid_aligned(count: int, images: int, stride: int, height: int, width: int) -> Tensor:

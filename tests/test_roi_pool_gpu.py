@@ -11,6 +11,7 @@ from torch import Tensor
 
 from roi import cupy_path
 from roi.layout import memory_format
+from tests.comparison import same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
 
@@ -39,13 +40,6 @@ def deterministic() -> Iterator[None]:
 def boxes_for(shape: tuple[int, int, int, int], scale: float) -> Tensor:
     height, width = shape[2] / scale, shape[3] / scale
     return torch.cat([hostile_boxes(shape[0], height, width), ordinary_boxes(300, shape[0], height, width)])
-
-
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    """Equal, the sign of zero included. A NaN equals a NaN."""
-    actual, expected = actual.cpu(), expected.cpu()
-    equal = (actual == expected) & (actual.signbit() == expected.signbit())
-    return bool((equal | (actual.isnan() & expected.isnan())).all())
 
 
 def workload(device: str = "cuda", layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor]:
