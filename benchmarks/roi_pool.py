@@ -218,7 +218,7 @@ def copies(input: Tensor) -> list[Tensor]:
 def bytes_to_move(workload: Workload, rois: Tensor, dtype: torch.dtype, mode: str) -> int:
     """Bytes that a perfect implementation moves, each once: BYTES_COUNTED says which."""
     inputs, outputs = torch.Size(workload.shape).numel(), workload.rois * workload.channels * workload.bins**2
-    windows = roi_windows(rois.cpu(), workload.scale)
+    windows = roi_windows(rois.cpu().numpy(), workload.scale)
     touched = cells_touched(windows, workload.batch, workload.height, workload.width) * workload.channels
     forward = (touched + outputs) * dtype.itemsize + rois.numel() * rois.element_size()
     backward = (outputs + inputs) * dtype.itemsize + 4 * outputs

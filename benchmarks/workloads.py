@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roi.bins import roi_windows
+from roi.bins import Integers, roi_windows
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def rpn_like(count: int, images: int, height: int, width: int, *, seed: int = 0)
 
 def past_the_map(rois: Tensor, scale: float, height: int, width: int) -> float:
     """Share of Tensor[K, 5] `rois` that have a cell outside the map of height × width cells."""
-    _, y, x, h, w = roi_windows(rois, scale).unbind(1)
+    _, y, x, h, w = roi_windows(rois.numpy(), scale).T
     outside = (y < 0) | (x < 0) | (y + h > height) | (x + w > width)
-    return float(outside.double().mean())
+    return float(outside.mean())
 
 
-def cells_touched(windows: Tensor, batch: int, height: int, width: int) -> int:
+def cells_touched(windows: Integers, batch: int, height: int, width: int) -> int:
     """Cells of the maps that at least one of `roi_windows` covers, each counted once."""
     covered = torch.zeros(batch, height, width, dtype=torch.bool)
     for image, y, x, h, w in windows.tolist():

@@ -2,70 +2,92 @@
 
 A window is a RoI on the map, in cells, not clipped to it. Bin p of P over a side [start, start + size) is
 floor(p·size/P) … ceil((p+1)·size/P) from its start, then clipped to the map.
+
+In NumPy: the arrays are small, and its calls cost a fraction of PyTorch's.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_CELL = 2**30  # coordinates saturate here, so that bins are exact in 32-bit integers everywhere
 
-
-def round_half_away(x: Tensor) -> Tensor:
-    """C's `round`; `torch.round` rounds halves to even."""
-    whole = x.trunc()
-    return whole + torch.where((x - whole).abs() >= 0.5, x.sign(), 0)
+Integers = NDArray[np.int64]
 
 
-def roi_windows(rois: Tensor, spatial_scale: float) -> Tensor:
-    """Tensor[K, 5] of int64 (image, y, x, height, width) for Tensor[K, 5] `rois`, whose rows must be finite.
+def round_half_away(x: NDArray[Any]) -> NDArray[Any]:
+    """C's `round`; `np.round` rounds halves to even."""
+    whole: NDArray[Any] = np.trunc(x)
+    whole += np.copysign(np.abs(x - whole) >= 0.5, x)
+    return whole
 
-    Both ends of a RoI are inclusive, and it has at least one cell.
+
+def roi_windows(rois: NDArray[Any], spatial_scale: float) -> Integers:
+    """[K, 5] of (image, y, x, height, width) for `rois`, [K, 5] of (batch index, x1, y1, x2, y2) that are finite.
+
+    Coordinates are scaled and rounded in the dtype of `rois`. Both ends of a RoI are inclusive, and it has at least one
+    cell.
     """
-    cells = round_half_away(rois[:, 1:] * spatial_scale).clamp(-MAX_CELL, MAX_CELL).to(torch.int64)
-    x1, y1, x2, y2 = cells.unbind(1)
-    height, width = (y2 - y1 + 1).clamp(min=1), (x2 - x1 + 1).clamp(min=1)
-    return torch.stack([rois[:, 0].to(torch.int64), y1, x1, height, width], dim=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # far boxes may become infinite, and saturate
+        scaled = round_half_away(rois[:, 1:] * rois.dtype.type(spatial_scale))
+    cells = np.clip(scaled, -MAX_CELL, MAX_CELL).astype(np.int64)
+    windows = np.empty((len(rois), 5), np.int64)
+    windows[:, 0] = rois[:, 0]
+    windows[:, 1:3] = cells[:, 1::-1]
+    np.maximum(cells[:, 3:1:-1] - cells[:, 1::-1] + 1, 1, out=windows[:, 3:])
+    return windows
 
 
-def bin_edges(start: Tensor, size: Tensor, bins: int, limit: int) -> tuple[Tensor, Tensor]:
-    """First cell and end of every bin of the sides [start, start + size) on the map [0, limit): Tensor[K, bins] each.
+def bin_edges(start: Integers, size: Integers, bins: int, limit: int) -> tuple[Integers, Integers]:
+    """First cell and end of every bin of the sides [start, start + size) on the map [0, limit): [K, bins] each.
 
     The end is not beyond the first cell where a bin lies off the map.
     """
-    p = torch.arange(bins, device=start.device)
-    low = start[:, None] + p * size[:, None] // bins
-    high = start[:, None] - (-(p + 1) * size[:, None] // bins)
-    return low.clamp(0, limit), high.clamp(0, limit)
+    steps = np.arange(bins + 1) * size[:, None]
+    low, high = steps[:, :-1] // bins, -(-steps[:, 1:] // bins)
+    for edge in (low, high):
+        edge += start[:, None]
+        np.clip(edge, 0, limit, out=edge)
+    return low, high
 
 
-def empty_bins(windows: Tensor, pooled_height: int, pooled_width: int, height: int, width: int) -> Tensor:
-    """Tensor[K, pooled_height, pooled_width] of bool: which bins of Tensor[K, 5] `windows` lie off the map."""
-    top, bottom = bin_edges(windows[:, 1], windows[:, 3], pooled_height, height)
-    left, right = bin_edges(windows[:, 2], windows[:, 4], pooled_width, width)
-    return (bottom <= top)[:, :, None] | (right <= left)[:, None, :]
+class Bins(NamedTuple):
+    """What the bins of K windows cover of their images: rows [top, bottom), columns [left, right), none if reversed."""
 
+    image: Integers  # [K]
+    top: Integers  # [K, pooled_height]
+    bottom: Integers
+    left: Integers  # [K, pooled_width]
+    right: Integers
 
-class Side(NamedTuple):
-    """One side of a window in a form that adaptive pooling can take."""
+    @classmethod
+    def of(cls, windows: Integers, pooled_height: int, pooled_width: int, height: int, width: int) -> Bins:
+        image, y, x, h, w = windows.T
+        return cls(image, *bin_edges(y, h, pooled_height, height), *bin_edges(x, w, pooled_width, width))
 
-    cells: list[int]  # of the map
-    bins: slice  # of the output, that adaptive pooling makes of the cells; the others lie off the map
+    @property
+    def pooled_size(self) -> tuple[int, int]:
+        return self.top.shape[1], self.left.shape[1]
 
+    def narrow(self, start: int, stop: int) -> Bins:
+        return Bins(*(side[start:stop] for side in self))
 
-def clipped_side(start: int, size: int, bins: int, limit: int) -> Side:
-    """The bins of a side [start, start + size) that meet the map [0, limit), where some do.
+    def heights(self) -> Integers:
+        heights: Integers = np.maximum(self.bottom - self.top, 0)
+        return heights
 
-    They are brought to one length by repeating each one's last cell, which changes neither its maximum nor where that
-    is found. So the number of cells is bounded by the map's, however far the side reaches beyond it.
-    """
-    edges = [(start + p * size // bins, start - (-(p + 1) * size // bins)) for p in range(bins)]
-    on_map = [p for p, (low, high) in enumerate(edges) if high > 0 and low < limit]
-    clipped = [range(max(edges[p][0], 0), min(edges[p][1], limit)) for p in on_map]
-    longest = max(map(len, clipped))
-    return Side(
-        [bin[min(i, len(bin) - 1)] for bin in clipped for i in range(longest)], slice(on_map[0], on_map[-1] + 1)
-    )
+    def widths(self) -> Integers:
+        widths: Integers = np.maximum(self.right - self.left, 0)
+        return widths
+
+    def cells_read(self) -> Integers:
+        """[K]: how many cells the bins of each RoI have together."""
+        cells: Integers = self.heights().sum(axis=1) * self.widths().sum(axis=1)
+        return cells
+
+    def empty(self) -> NDArray[np.bool_]:
+        """[K, pooled_height, pooled_width]: which bins lie off the map."""
+        return (self.bottom <= self.top)[:, :, None] | (self.right <= self.left)[:, None, :]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Boxes = Tensor | Sequence[Tensor]
@@ -61,21 +64,22 @@ def check_boxes(boxes: Tensor, name: str, columns: int, input: Tensor) -> None:
 def check_content(rois: Tensor, batch_size: int) -> None:
     """Raise a ValueError that names the first row of `rois` with a non-finite number or a batch index off the batch.
 
-    It reads the content: on CUDA that would synchronise, so there such rows come out as NaN instead.
+    For CPU tensors: on CUDA reading the content would synchronise, so there such rows come out as NaN instead.
     """
-    bad = ~valid_rows(rois, batch_size)
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    valid = valid_rows(rois.detach().numpy(), batch_size)
+    if not valid.all():
+        row = int(valid.argmin())
         raise ValueError(
             f"boxes must hold finite coordinates and batch indices in [0, {batch_size}); "
             f"row {row} is {rois[row].tolist()}"
         )
 
 
-def valid_rows(rois: Tensor, batch_size: int) -> Tensor:
-    """Tensor[K] of bool: which rows are finite and name an image of the batch."""
+def valid_rows(rois: NDArray[Any], batch_size: int) -> NDArray[np.bool_]:
+    """Which rows of [K, 5] are finite and name an image of the batch: [K]."""
     index = rois[:, 0]
-    return rois.isfinite().all(dim=1) & (index >= 0) & (index < batch_size)
+    valid: NDArray[np.bool_] = np.isfinite(rois).all(axis=1) & (index >= 0) & (index < batch_size)
+    return valid
 
 
 def check_input(input: Tensor) -> None:

@@ -75,7 +75,7 @@ def roi_pool(
     rois = rois.contiguous()
     boxes = rois.shape[0]
     output = empty_pooled(input, boxes, pooled_height, pooled_width)
-    argmax = empty_argmax(input, output, with_argmax)
+    argmax = empty_argmax(input, output, with_argmax, memory_format(output))
     if output.numel() == 0:
         return output, argmax
 

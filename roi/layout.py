@@ -28,7 +28,14 @@ def empty_pooled(input: Tensor, rois: int, pooled_height: int, pooled_width: int
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
-def empty_argmax(input: Tensor, output: Tensor, with_argmax: bool) -> Tensor:
-    """A tensor of cells like `output`, or Tensor[0] where none is asked for."""
+def argmax_format(output: Tensor) -> torch.memory_format:
+    """Of the argmax that goes with `output`: on the CPU the one that the gradient is fastest with."""
+    return torch.channels_last if output.device.type == "cpu" else memory_format(output)
+
+
+def empty_argmax(input: Tensor, output: Tensor, with_argmax: bool, layout: torch.memory_format) -> Tensor:
+    """A tensor of cells of the shape of `output`, or Tensor[0] where none is asked for."""
     dtype = argmax_dtype(input.shape[2], input.shape[3])
-    return torch.empty_like(output, dtype=dtype) if with_argmax else output.new_empty(0, dtype=dtype)
+    if not with_argmax:
+        return output.new_empty(0, dtype=dtype)
+    return torch.empty_like(output, dtype=dtype, memory_format=layout)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from roi import backend as backends
 from roi.boxes import Boxes, as_rois, check_content, check_input, check_scale, output_pair
-from roi.layout import empty_argmax, empty_pooled, format_of, memory_format
+from roi.layout import argmax_format, empty_argmax, empty_pooled, format_of, memory_format
 from roi.torch_path import roi_pool_gather
 
 NAMESPACE = "fpn_roi"
@@ -131,7 +131,7 @@ def _fake_roi_pool(
     input: Tensor, rois: Tensor, scale: float, height: int, width: int, with_argmax: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     output = empty_pooled(input, rois.shape[0], height, width)
-    return output, empty_argmax(input, output, with_argmax)
+    return output, empty_argmax(input, output, with_argmax, argmax_format(output))
 
 
 def _fake_roi_pool_backward(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from roi import RoIPool, roi_pool, torch_path
-from roi.bins import empty_bins, roi_windows, round_half_away
-from roi.range_max import roi_maxima, table_is_cheaper
+from roi import RoIPool, adaptive_max, roi_pool, sparse_max, torch_path
+from roi.bins import Bins, roi_windows, round_half_away
+from roi.covers import Cells, Rectangles, cheapest
+from roi.torch_path import few
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
@@ -123,19 +126,44 @@ def test_gradient_is_the_reference_in_float64(dtype, layout, output_size: tuple[
 # --- the ways of the torch path
 
 
+READINGS = {
+    "cells": lambda bins, shape: Cells(*shape[1:3]),
+    "rectangles": lambda bins, shape: Rectangles.that_cover(bins, *shape[:3]),
+}
+
+
 @layouts
 @dtypes
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", [around, grid_aligned, tiny])
-@pytest.mark.parametrize(("count", "channels"), [(3, 2), (400, 1), (400, 5), (90, 40)])
-def test_without_argmax_the_same_bits(count: int, channels: int, kind, dtype: torch.dtype, layout) -> None:
-    """Without a gradient few channels go through the sparse table; NaN, infinities and zeros of both signs included."""
-    rois = torch.cat([kind(count, 2, 4, 13, 17), far_off(2)])
-    for special in (False, True):
-        input = features((2, channels, 13, 17), dtype, special=special).contiguous(memory_format=layout)
-        expected, _ = pooled(input, rois, 1 / 4, 7, 3)
-        output, _ = torch.ops.fpn_roi.roi_pool(input, rois, 1 / 4, 7, 3, False, "torch")
-        assert same_bits(output, expected)
-        assert output.stride() == expected.stride()
+@pytest.mark.parametrize(("count", "channels"), [(1, 3), (200, 1), (200, 5), (50, 40)])
+@pytest.mark.parametrize("way", ["cells", "rectangles", "adaptive"])
+def test_every_way_is_the_reference(
+    way: str, count: int, channels: int, kind, special: bool, dtype: torch.dtype, layout, monkeypatch
+) -> None:
+    """NaN, infinities, subnormal numbers and zeros of both signs included; every way for every problem it can do."""
+    shape = (2, channels, 13, 17)
+    if way in READINGS:
+        monkeypatch.setattr(sparse_max, "cheapest", READINGS[way])
+    rois = torch.cat([kind(count, 2, 4, 13, 17), far_off(2)]).numpy()
+    windows = roi_windows(rois, 1 / 4)
+    input = features(shape, dtype, special=special).contiguous(memory_format=layout)
+    expected, positions = reference.roi_pool(input.double().numpy(), rois, 1 / 4, 7, 3)
+    for with_argmax in (False, True):
+        if way == "adaptive":
+            output, argmax = adaptive_max.roi_pool(input, windows, 7, 3, with_argmax)
+        elif sparse_max.serves(input, with_argmax):
+            output, argmax = sparse_max.roi_pool(input, Bins.of(windows, 7, 3, 13, 17), with_argmax)
+        else:
+            assert dtype == torch.float64
+            continue
+        assert same_bits(output, torch.from_numpy(expected).to(dtype))
+        assert output.is_contiguous(memory_format=layout)
+        if with_argmax:
+            assert torch.equal(argmax, torch.from_numpy(positions).int())
+            assert argmax.is_contiguous(memory_format=torch.channels_last)
+        else:
+            assert argmax.numel() == 0
 
 
 def far_off(images: int) -> Tensor:
@@ -143,39 +171,61 @@ def far_off(images: int) -> Tensor:
     return rois[rois.isfinite().all(dim=1) & (rois[:, 0] >= 0) & (rois[:, 0] < images)]
 
 
-@pytest.mark.parametrize(("channels", "count", "expected"), [(1, 512, True), (3, 512, True), (256, 512, False)])
-def test_the_table_is_for_few_channels_and_many_rois(channels: int, count: int, expected: bool) -> None:
-    windows = roi_windows(around(count, 1, 16, 50, 84), 1 / 16)
-    input = torch.rand(1, channels, 50, 84)
-    assert table_is_cheaper(input, windows, 7, 7) == expected
-    assert not table_is_cheaper(-input * 0, windows, 7, 7)  # zeros below zero, which `maximum` does not tell apart
+@pytest.mark.parametrize(
+    ("side", "channels", "expected"), [(16, 256, Cells), (64, 256, Cells), (640, 256, Rectangles), (320, 1, Rectangles)]
+)
+def test_small_bins_are_read_cell_by_cell(side: int, channels: int, expected: type) -> None:
+    corner = np.random.default_rng(0).random((512, 2)) * 100
+    rois = np.concatenate([np.zeros((512, 1)), corner, corner + side], axis=1)
+    bins = Bins.of(roi_windows(rois, 1 / 16), 7, 7, 50, 84)
+    assert isinstance(cheapest(bins, torch.Size([1, 50, 84, channels])), expected)
 
 
-@pytest.mark.parametrize("channels", [1, 6])
-def test_table_is_the_reference(channels: int) -> None:
-    input = torch.randn(2, channels, 13, 17)
-    rois = torch.cat([around(50, 2, 4, 13, 17), far_off(2)])
-    windows = roi_windows(rois, 1 / 4)
-    expected, _ = reference.roi_pool(input.numpy(), rois.numpy(), 1 / 4, 7, 3)
-    empty = empty_bins(windows, 7, 3, 13, 17)[:, None]
-    assert same_bits(roi_maxima(input, windows, 7, 3).masked_fill(empty, 0), torch.from_numpy(expected))
+@pytest.mark.parametrize(("count", "layout", "expected"), [(2, 0, True), (512, 0, False), (2, 1, False)])
+def test_a_contiguous_map_is_not_converted_for_few_rois(count: int, layout: int, expected: bool) -> None:
+    rois = around(count, 1, 16, 50, 84).numpy()
+    bins = Bins.of(roi_windows(rois, 1 / 16), 7, 7, 50, 84)
+    assert few(bins, torch.zeros(1, 256, 50, 84).contiguous(memory_format=LAYOUTS[layout])) == expected
+
+
+def test_the_table_is_bounded() -> None:
+    rois = np.array([[0.0, 0, 0, 4095, 4095]] * 1000)
+    bins = Bins.of(roi_windows(rois, 1.0), 7, 7, 4096, 4096)
+    assert isinstance(cheapest(bins, torch.Size([1, 4096, 4096, 1])), Cells)
 
 
 @layouts
-def test_chunks_of_any_size_give_the_same(layout, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [1, 37, 1000])
+def test_parts_of_any_size_give_the_same(limit: int, layout, monkeypatch) -> None:
     input = torch.randn(3, 6, 13, 17).contiguous(memory_format=layout).requires_grad_()
     rois = torch.cat([around(200, 3, 4, 13, 17), tiny(200, 3, 4, 13, 17), far_off(3)])
-    outcomes = []
-    for limit in (1, 37, 1000, 2**20):
-        for name in ("CELLS_AT_ONCE", "VALUES_AT_ONCE", "BINS_AT_ONCE"):
-            monkeypatch.setattr(torch_path, name, limit)
+
+    def outcome() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = roi_pool(input, rois, (4, 3), 1 / 4)
         (gradient,) = torch.autograd.grad(output.double().square().sum(), input)
-        outcomes.append((output, gradient, pooled(input.detach(), rois, 1 / 4, 4, 3)[1]))
-    for output, gradient, argmax in outcomes[1:]:
-        assert same_bits(output, outcomes[0][0])
-        assert torch.equal(argmax, outcomes[0][2])
-        torch.testing.assert_close(gradient, outcomes[0][1], rtol=1e-5, atol=1e-4)
+        return (
+            output,
+            roi_pool(input.detach(), rois, (4, 3), 1 / 4),
+            pooled(input.detach(), rois, 1 / 4, 4, 3)[1],
+            gradient,
+        )
+
+    *expected, gradient = outcome()
+    for module in (sparse_max, torch_path):
+        for name in [name for name in vars(module) if name.endswith("_AT_ONCE")]:
+            monkeypatch.setattr(module, name, limit)
+    *actual, sums = outcome()
+    assert all(map(same_bits, actual, expected))
+    torch.testing.assert_close(sums, gradient, rtol=1e-5, atol=1e-4)
+
+
+def test_no_warning_of_pytorchs() -> None:
+    """That its sparse tensors are in beta is nothing to the users of pooling."""
+    script = "import torch, warnings; warnings.simplefilter('error'); import roi; "
+    script += "roi.roi_pool(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 2)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr
 
 
 @pytest.mark.parametrize("size", [57, 114, 121])
@@ -201,7 +251,7 @@ def test_torchvisions_bins_do_reach_beyond() -> None:
 @pytest.mark.parametrize("coordinate", [0.5, 1.5, 2.5, -0.5, 0.49999997, 8388609.0, 4503599627370497.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_halves_round_away_from_zero(coordinate: float, dtype: torch.dtype) -> None:
-    value = torch.tensor(coordinate, dtype=dtype)
+    value = torch.tensor([coordinate], dtype=dtype).numpy()
     expected = math.copysign(math.floor(abs(value.item()) + 0.5), coordinate)
     if abs(value.item()) > 2**50 or value.item() == torch.tensor(0.49999997, dtype=torch.float32).item():
         expected = float(round(value.item()))  # where adding a half would itself round

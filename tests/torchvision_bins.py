@@ -25,6 +25,6 @@ def sizes_exact(sizes: np.ndarray, bins: int, number: type[np.floating]) -> np.n
 
 def torchvision_bins_are_exact(rois: Tensor, scale: float, height: int, width: int) -> Tensor:
     """Tensor[K] of bool on the CPU: whether torchvision's bins, in the dtype of `rois`, are the integer ones."""
-    heights, widths = roi_windows(rois.cpu(), scale)[:, 3:].unbind(1)
+    heights, widths = torch.from_numpy(roi_windows(rois.cpu().numpy(), scale))[:, 3:].unbind(1)
     number = np.float64 if rois.dtype == torch.float64 else np.float32
     return torch.from_numpy(sizes_exact(heights.numpy(), height, number) & sizes_exact(widths.numpy(), width, number))
