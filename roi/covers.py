@@ -44,9 +44,8 @@ def cheapest(bins: Bins, shape: torch.Size) -> Reading:
     values = rectangles.count * channels
     if values > TABLE_VALUES:
         return cells
-    read = 14 + 0.13 * channels
-    by_cells = int(cells.rows_per_roi(bins).sum()) * read
-    by_rectangles = rectangles.levels * 20_000 + values + int(rectangles.rows_per_roi(bins).sum()) * read
+    by_cells = int(cells.rows_per_roi(bins).sum()) * (16 + channels / 4)
+    by_rectangles = rectangles.levels * 20_000 + values + int(rectangles.rows_per_roi(bins).sum()) * (6 + channels / 4)
     return cells if by_cells <= by_rectangles else rectangles
 
 

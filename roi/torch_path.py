@@ -34,7 +34,9 @@ def roi_pool(
     """
     boxes = rois.detach().cpu().numpy()
     valid = valid_rows(boxes, input.shape[0])
-    windows = roi_windows(np.where(valid[:, None], boxes, 0), spatial_scale)
+    if not valid.all():
+        boxes = np.where(valid[:, None], boxes, 0)
+    windows = roi_windows(boxes, spatial_scale)
     if input.numel() == 0 or len(rois) == 0:  # with no image, no row is valid
         output = empty_pooled(input, len(rois), pooled_height, pooled_width).fill_(torch.nan)
         return output, empty_argmax(input, output, with_argmax, argmax_format(output)).fill_(-1)
