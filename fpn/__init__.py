@@ -1,5 +1,6 @@
 """FPN backbones: ResNet bottom-up trunks and the top-down Feature Pyramid Network."""
 
+from fpn.checkpoint import export_state_dict, from_checkpoint
 from fpn.pyramid import FPN, FPN18, FPN34, FPN50, FPN101, FPN152
 
-__all__ = ["FPN", "FPN18", "FPN34", "FPN50", "FPN101", "FPN152"]
+__all__ = ["FPN", "FPN18", "FPN34", "FPN50", "FPN101", "FPN152", "export_state_dict", "from_checkpoint"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from fpn.norm import NormLayer, resolve_norm_layer
 from fpn.resnet import ResNet, build
-from fpn.weights import freeze, load_weights
+from fpn.weights import Report, freeze, load_weights
 
 UPSAMPLE: dict[str, dict[str, Any]] = {
     "bilinear": {"mode": "bilinear", "align_corners": False},
@@ -46,35 +47,44 @@ class MaxPoolLevel(ExtraLevels):
 
 
 class P6P7(ExtraLevels):
-    """P6 from C5, P7 from P6: 3×3 convolutions of stride 2, a ReLU between (Lin et al., Focal Loss, 2017, sec. 4)."""
+    """P6 and P7 by 3×3 convolutions of stride 2 (Lin et al., Focal Loss, 2017, sec. 4).
+
+    Args:
+        c5_channels, out_channels: as `ExtraLevels`.
+        on_p5: P6 is made from P5, as in torchvision's first RetinaNet, and not from C5.
+        relu: whether a ReLU stands between P6 and P7. In mmdetection it does only with `relu_before_extra_convs`.
+        norm_layer: after both convolutions, as in mmdetection's necks with norm.
+    """
 
     strides = (2, 4)
 
-    def __init__(self, c5_channels: int, out_channels: int) -> None:
+    def __init__(
+        self,
+        c5_channels: int,
+        out_channels: int,
+        *,
+        on_p5: bool = False,
+        relu: bool = True,
+        norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
+    ) -> None:
         super().__init__(c5_channels, out_channels)
-        self.p6 = make_conv(c5_channels, out_channels, 3, stride=2)
-        self.p7 = make_conv(out_channels, out_channels, 3, stride=2)
+        self.on_p5 = on_p5
+        self.relu = relu
+        self.p6 = make_conv(out_channels if on_p5 else c5_channels, out_channels, 3, stride=2, norm_layer=norm_layer)
+        self.p7 = make_conv(out_channels, out_channels, 3, stride=2, norm_layer=norm_layer)
 
     def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
-        p6 = self.p6(c5)
-        return [p6, self.p7(F.relu(p6))]
+        p6 = self.p6(p5 if self.on_p5 else c5)
+        return [p6, self.p7(F.relu(p6) if self.relu else p6)]
 
 
-class P6P7OnP5(P6P7):
-    """The same with P6 from P5, as in torchvision's first RetinaNet."""
+ExtraFactory = Callable[[int, int], ExtraLevels]  # channels of C5, channels of the pyramid
 
-    def __init__(self, c5_channels: int, out_channels: int) -> None:
-        super().__init__(out_channels, out_channels)
-
-    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
-        return super().forward(p5, p5)
-
-
-EXTRA_LEVELS: dict[str | None, type[ExtraLevels]] = {
+EXTRA_LEVELS: dict[str | None, ExtraFactory] = {
     None: ExtraLevels,
     "maxpool": MaxPoolLevel,
     "p6p7": P6P7,
-    "p6p7_on_p5": P6P7OnP5,
+    "p6p7_on_p5": partial(P6P7, on_p5=True),
 }
 
 
@@ -92,13 +102,15 @@ class FPN(nn.Module):
         out_channels: channels of every level.
         upsample: "bilinear" (align_corners=False) or "nearest", always to the exact size of the finer lateral.
         smooth_top: whether the coarsest level has its 3×3 convolution too.
-        extra: levels above: None, "maxpool" (P6), "p6p7" (from C5) or "p6p7_on_p5".
+        extra: levels above: None, "maxpool" (P6), "p6p7" (from C5), "p6p7_on_p5", or what makes them:
+            (channels of C5, `out_channels`) -> `ExtraLevels`, e.g. `functools.partial(P6P7, relu=False)`.
         norm_layer: `channels -> module` after every lateral and smoothing convolution, which then have no bias.
 
     Attributes:
         in_channels: channels of the maps of `bottom_up`.
         out_channels: channels of every level.
         strides: pixels of the image per cell of every level, extra levels included.
+        report: how its checkpoint was loaded; None where none was.
 
     Raises:
         ValueError: an option is unknown, or channels and strides are neither announced nor given.
@@ -113,14 +125,14 @@ class FPN(nn.Module):
         out_channels: int = 256,
         upsample: Literal["bilinear", "nearest"] = "bilinear",
         smooth_top: bool = False,
-        extra: Literal["maxpool", "p6p7", "p6p7_on_p5"] | None = None,
+        extra: Literal["maxpool", "p6p7", "p6p7_on_p5"] | ExtraFactory | None = None,
         norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
     ) -> None:
         super().__init__()
         if upsample not in UPSAMPLE:
             raise ValueError(f"upsample must be one of {list(UPSAMPLE)}; got {upsample!r}")
-        if extra not in EXTRA_LEVELS:
-            raise ValueError(f"extra must be one of {list(EXTRA_LEVELS)}; got {extra!r}")
+        if not callable(extra) and extra not in EXTRA_LEVELS:
+            raise ValueError(f"extra must be one of {list(EXTRA_LEVELS)} or make ExtraLevels; got {extra!r}")
         announced_channels, announced_strides = announced(bottom_up)
         self.in_channels = tuple(in_channels or announced_channels)
         map_strides = tuple(strides or announced_strides)
@@ -141,10 +153,12 @@ class FPN(nn.Module):
         )
         if not smooth_top:
             self.smooth[0] = nn.Identity()
-        self.extra = EXTRA_LEVELS[extra](self.in_channels[-1], out_channels)
+        make_extra = extra if callable(extra) else EXTRA_LEVELS[extra]
+        self.extra = make_extra(self.in_channels[-1], out_channels)
         self.upsample = upsample
         self.out_channels = out_channels
         self.strides = map_strides + tuple(map_strides[-1] * stride for stride in self.extra.strides)
+        self.report: Report | None = None
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The pyramid, finest level first: P2, P3, P4, P5, then the extra levels.
@@ -215,7 +229,7 @@ def build_fpn(
     """An FPN over one of `fpn.resnet.VARIANTS`: built, loaded, then frozen. Arguments as `FPN50`."""
     model = FPN(build(ResNet, variant, **(trunk or {})), **pyramid)
     if weights is not None:
-        load_weights(model, weights, variant)
+        model.report = load_weights(model, weights, variant)
     freeze(model.bottom_up, trainable_layers)
     return model
 

@@ -1,4 +1,4 @@
-"""Bottom-up pathway: ResNet trunks that return (C2, C3, C4, C5).
+"""Bottom-up pathway: ResNet trunks that return (C2, C3, C4, C5), or some of them.
 
 Residual networks: He et al., Deep Residual Learning for Image Recognition (2015). ResNeXt: Xie et al. (2016).
 Wide ResNet: Zagoruyko & Komodakis (2016). State keys are torchvision's without `fc`.
@@ -136,11 +136,13 @@ class ResNet(nn.Module):
         norm_layer: `channels -> module`; `nn.BatchNorm2d`, `FrozenBatchNorm2d`, `nn.SyncBatchNorm`, or
             `nn.GroupNorm` (32 groups).
         stride_in_1x1: Caffe's variant of `Bottleneck`.
+        returned_layers: which of layer1 … layer4 give the maps that are returned, finest first; the last is 4. Default
+            all of them, C2 to C5; (2, 3, 4) is RetinaNet's and FCOS's choice.
 
     Attributes:
         in_channels: channels of the images.
-        out_channels: channels of C2, C3, C4, C5.
-        strides: pixels of the image per cell of C2, C3, C4, C5.
+        out_channels: channels of the maps, by default of C2, C3, C4, C5.
+        strides: pixels of the image per cell of the maps.
         feature_info: the same as timm announces it: a dict with `num_chs`, `reduction`, `module` for each map.
 
     Raises:
@@ -164,8 +166,11 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
         norm_layer: NormLayer | type[nn.GroupNorm] = nn.BatchNorm2d,
         stride_in_1x1: bool = False,
+        returned_layers: Sequence[int] = (1, 2, 3, 4),
     ) -> None:
         super().__init__()
+        if tuple(returned_layers) != tuple(sorted({*returned_layers, 4} & {1, 2, 3, 4})):
+            raise ValueError(f"returned_layers must be numbers from 1 to 4, rising, 4 the last; got {returned_layers}")
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers must be four numbers of blocks, each at least 1; got {tuple(layers)}")
         if len(replace_stride_with_dilation) != 3:
@@ -194,15 +199,16 @@ class ResNet(nn.Module):
             channels_in = channels * block.expansion
             strides.append(total_stride)
 
-        self.out_channels = tuple(channels * block.expansion for channels in STAGE_CHANNELS)
-        self.strides = tuple(strides)
+        self.returned_layers = tuple(returned_layers)
+        self.out_channels = tuple(STAGE_CHANNELS[layer - 1] * block.expansion for layer in self.returned_layers)
+        self.strides = tuple(strides[layer - 1] for layer in self.returned_layers)
         self._initialise(zero_init_residual)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         return [
-            {"num_chs": channels, "reduction": stride, "module": f"layer{index}"}
-            for index, (channels, stride) in enumerate(zip(self.out_channels, self.strides, strict=True), start=1)
+            {"num_chs": channels, "reduction": stride, "module": f"layer{layer}"}
+            for layer, channels, stride in zip(self.returned_layers, self.out_channels, self.strides, strict=True)
         ]
 
     def _initialise(self, zero_init_residual: bool) -> None:
@@ -215,14 +221,15 @@ class ResNet(nn.Module):
                 if isinstance(module, BasicBlock | Bottleneck):
                     nn.init.zeros_(cast(Tensor, module.last_norm.weight))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Feature maps of the four stages.
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps of the stages.
 
         Args:
             images: Tensor[N, in_channels, H, W], floating point, H and W at least 1. N may be 0.
 
         Returns:
-            C2, C3, C4, C5: Tensor[N, out_channels[i], ceil(H / strides[i]), ceil(W / strides[i])].
+            C2, C3, C4, C5, or those of `returned_layers`:
+            Tensor[N, out_channels[i], ceil(H / strides[i]), ceil(W / strides[i])].
 
         Raises:
             TypeError: `images` is not a floating-point tensor.
@@ -234,7 +241,7 @@ class ResNet(nn.Module):
         c3 = self.layer2(c2)
         c4 = self.layer3(c3)
         c5 = self.layer4(c4)
-        return c2, c3, c4, c5
+        return tuple((c2, c3, c4, c5)[layer - 1] for layer in self.returned_layers)
 
 
 def make_stage(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpn.files import CheckpointError as CheckpointError
+from fpn.files import read_checkpoint as read_checkpoint
 from fpn.norm import freeze_batch_norm
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,6 @@ BATCH_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batc
 COUNTER = "num_batches_tracked"  # a counter, not a weight: old checkpoints and frozen batch norm lack it
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or does not fit the model. The model is as it was."""
-
-
 @dataclass(frozen=True)
 class Report:
     """How the entries of a checkpoint meet those of a model.
@@ -64,6 +61,7 @@ class Report:
         missing: names of the model that the checkpoint lacks.
         unexpected: names of the checkpoint that the model lacks.
         mismatched: name in the model -> (its shape, the checkpoint's shape).
+        notes: what else is to be known of the checkpoint: its source, what its keys cannot tell.
     """
 
     by: str
@@ -71,6 +69,7 @@ class Report:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: dict[str, tuple[torch.Size, torch.Size]]
+    notes: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -85,7 +84,7 @@ class Report:
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 lines.append(f"{len(names)} {label}: {', '.join(names[:5])}{more}")
-        return "; ".join(lines)
+        return "; ".join((*lines, *self.notes))
 
 
 def match(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> Report:
@@ -147,41 +146,32 @@ def transfer(module: nn.Module, checkpoint: Mapping[str, Tensor]) -> Report:
         What was matched, and what of the checkpoint was left over.
 
     Raises:
-        CheckpointError: an entry of the module is missing or of another shape; the message is the report.
+        CheckpointError: an entry of the module is missing or of another shape, and the message is the report; or an
+            entry holds NaN or infinity.
     """
     report = match(module.state_dict(), checkpoint)
     if not report.complete:
         raise CheckpointError(f"the checkpoint does not fit {type(module).__name__}: {report}")
-    # Not strict, for the counters alone: `complete` has seen to the rest.
-    module.load_state_dict({name: checkpoint[other] for name, other in report.matched.items()}, strict=False)
+    load_matched(module, checkpoint, report)
     return report
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file that `torch.save` wrote, on the CPU; no code in the file is run (`weights_only`).
-
-    A state dict under "state_dict", "model" or "model_state_dict" is taken out, and a `module.` that
-    DistributedDataParallel put before every name is taken off.
+def load_matched(module: nn.Module, checkpoint: Mapping[str, Tensor], report: Report) -> None:
+    """Loads into `module` what a complete `report` has matched, once every value is found to be a number.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, holds more than tensors and plain containers, or no state dict.
+        CheckpointError: an entry holds NaN or infinity, or is no plain tensor in memory; the module is as it was.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}") from error
-    for wrapper in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} holds no state dict (a dict of names and tensors)")
-    prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    for name in report.matched.values():
+        tensor = checkpoint[name]
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            raise CheckpointError(f"the checkpoint's {name} is no plain tensor of real numbers in memory")
+        if not name.endswith(COUNTER) and not tensor.is_floating_point():
+            raise CheckpointError(f"the checkpoint's {name} must be floating point; got {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"the checkpoint's {name} holds NaN or infinity")
+    # Not strict, for the counters alone: `complete` has seen to the rest.
+    module.load_state_dict({name: checkpoint[other] for name, other in report.matched.items()}, strict=False)
 
 
 def imagenet_checkpoint(variant: str, name: str) -> Path:
