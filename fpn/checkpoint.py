@@ -99,7 +99,7 @@ def from_checkpoint(
     theirs = names.naming.channel_order or ("bgr" if trunk["stride_in_1x1"] else "rgb")
     if channel_order not in (None, theirs):
         reverse_channels(model)
-    told = notes(names, trunk, pyramid, has_pyramid(entries))
+    told = notes(names, trunk, pyramid)
     model.report = replace(
         report, notes=(*told, f"it takes {(channel_order or theirs).upper()} images, its source {theirs.upper()}")
     )
@@ -111,8 +111,8 @@ def the_one_naming(state: Entries) -> Names:
     found = recognise(state)
     if not found:
         raise CheckpointError(
-            f"not the checkpoint of a ResNet-FPN or a ResNet: none of its {len(state)} names ends as the first "
-            f"convolution of a ResNet does in any known source; it begins with {', '.join(list(state)[:3])}"
+            "not the checkpoint of a ResNet-FPN or of a plain ResNet in the naming of any known source: its "
+            f"{len(state)} names begin with {', '.join(list(state)[:3])}"
         )
     if len(found) > 1:
         raise CheckpointError(
@@ -161,7 +161,7 @@ def describe_trunk(entries: Entries, naming: Naming, stride_in_1x1: bool | None,
         "width_per_group": width_per_group,
         "norm_layer": norm_layer,
         "stride_in_1x1": stride_in_1x1,
-        "returned_layers": describe_levels(entries, block) if has_pyramid(entries) else (1, 2, 3, 4),
+        "returned_layers": describe_levels(entries, block) if naming.has_pyramid else (1, 2, 3, 4),
     }
 
 
@@ -196,7 +196,7 @@ def describe_pyramid(
         "upsample": upsample or naming.upsample or ("nearest" if smooth_top else "bilinear"),
         "extra": naming.extra if extra == "auto" else extra,
     }
-    if has_pyramid(entries):
+    if naming.has_pyramid:
         options["out_channels"] = conv_shape(entries, "lateral.0.weight")[0]
         if "lateral.0.1.weight" in entries:
             options["norm_layer"] = norm_of(entries, "lateral.", norm_eps)
@@ -208,10 +208,6 @@ def describe_pyramid(
             norm_layer=norm_of(entries, "extra.", norm_eps) if "extra.p6.1.weight" in entries else None,
         )
     return options
-
-
-def has_pyramid(entries: Entries) -> bool:
-    return any(name.startswith("lateral.") for name in entries)
 
 
 def numbers(pattern: str, names: Entries) -> set[int]:
@@ -250,7 +246,7 @@ def match_all(own: Entries, state: Entries, names: Names) -> Report:
     inside = {name: value for name, value in state.items() if not names.is_head(name)}
     report = match_by_name(expected, inside)
     unnamed = [name for name, other in theirs.items() if other is None]
-    if any(names.theirs(name) for name in own if name.startswith("lateral.")) and unnamed:
+    if names.naming.has_pyramid and unnamed:
         raise CheckpointError(
             f"{names.naming.source} has no names for {', '.join(unnamed)}, which the arguments ask for"
         )
@@ -273,7 +269,7 @@ def reverse_channels(model: FPN) -> None:
         conv.weight.copy_(conv.weight.flip(1))
 
 
-def notes(names: Names, trunk: Mapping[str, Any], pyramid: Mapping[str, Any], has_pyramid: bool) -> tuple[str, ...]:
+def notes(names: Names, trunk: Mapping[str, Any], pyramid: Mapping[str, Any]) -> tuple[str, ...]:
     """What was recognised, and what no key tells."""
     told = f"from {names.naming.source}" + (f", under {names.prefix!r}" if names.prefix else "")
     extra = pyramid["extra"]
@@ -285,8 +281,9 @@ def notes(names: Names, trunk: Mapping[str, Any], pyramid: Mapping[str, Any], ha
     }
     return (
         told,
-        f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['norm_layer'].func.__name__}",
-        *(() if has_pyramid else ("the pyramid is new: random weights",)),
+        f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} wide, "
+        f"{trunk['norm_layer'].func.__name__}",
+        *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
         "not told by the keys: " + ", ".join(f"{name}={value!r}" for name, value in untold.items()),
     )
 

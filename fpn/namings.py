@@ -40,6 +40,7 @@ class Naming:
         source: who names so.
         table: their names and ours.
         heads: a pattern of the names that may be left out; `{prefix}` is what stands before all names of the FPN.
+        has_pyramid: whether there is a pyramid over the trunk; a classifier has none.
         upsample, smooth_top: as `FPN`'s; None: as the entries of ours suggest.
         extra: the levels above where no entry makes them.
         relu: whether a ReLU stands between P6 and P7.
@@ -51,6 +52,7 @@ class Naming:
     source: str
     table: Table
     heads: str
+    has_pyramid: bool = True
     upsample: Literal["bilinear", "nearest"] | None = "nearest"
     smooth_top: bool | None = True
     extra: Literal["maxpool"] | None = "maxpool"
@@ -120,10 +122,12 @@ def recognise(names: Collection[str]) -> list[Names]:
         anchor = Names(naming, "", 4).theirs(ANCHOR)
         assert anchor is not None
         prefixes = [name.removesuffix(anchor) for name in names if ("." + name).endswith("." + anchor)]
+        if not naming.has_pyramid:  # what is left of another source's FPN is no classifier
+            prefixes = [prefix for prefix in prefixes if not prefix.endswith(("bottom_up.", "body."))]
         for candidate in (Names(naming, prefix, levels) for prefix in prefixes for levels in (1, 2, 3, 4)):
-            found[candidate] = sum(
-                (ours := candidate.ours(name)) is not None and candidate.theirs(ours) == name for name in names
-            )
+            pairs = [(name, ours) for name in names if (ours := candidate.ours(name)) is not None]
+            if not naming.has_pyramid or any(ours.startswith("lateral.") for _, ours in pairs):
+                found[candidate] = sum(candidate.theirs(ours) == name for name, ours in pairs)
     best = max(found.values(), default=0)
     first: dict[str, Names] = {}  # of equals for one prefix the first: the fewest levels
     for candidate, count in found.items():
@@ -208,6 +212,7 @@ def caffe2(norm: str, leaves: dict[str, str]) -> Naming:
         source="detectron2's ImageNet file",
         table=tuple(table),
         heads=r"(fc1000|pred)_[wb]|conv1_b|.*_momentum",  # Caffe's conv1 had a bias; detectron2 ignores it too
+        has_pyramid=False,
         upsample=None,
         smooth_top=None,
         extra=None,
@@ -289,6 +294,16 @@ NAMINGS = (
         source="a classifier (torchvision, timm)",
         table=(("{trunk}", "bottom_up.{trunk}"),),
         heads=r"{prefix}fc\..*",
+        has_pyramid=False,
+        upsample=None,
+        smooth_top=None,
+        extra=None,
+    ),
+    Naming(
+        source="detectron2's file of a classifier of torchvision's",
+        table=detectron2_trunk(""),
+        heads=r"{prefix}(linear|stem\.fc)\..*",
+        has_pyramid=False,
         upsample=None,
         smooth_top=None,
         extra=None,

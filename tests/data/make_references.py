@@ -9,7 +9,9 @@ Run from the top of the repository, in an environment where that framework impor
 
 from __future__ import annotations
 
+import pickle
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,13 +26,11 @@ def save(
 ) -> None:
     """`modules`: the prefix that the module's keys have in the framework's detectors -> the module."""
     shapes = {
-        f"{prefix}.{key}": value.shape
-        for prefix, module in modules.items()
-        for key, value in module.state_dict().items()
+        prefix + key: value.shape for prefix, module in modules.items() for key, value in module.state_dict().items()
     }
     state = state_dict(shapes)
     for prefix, module in modules.items():
-        own = {key.removeprefix(f"{prefix}."): value for key, value in state.items() if key.startswith(f"{prefix}.")}
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         module.load_state_dict(own, strict=True)
         module.eval()
     with torch.no_grad():
@@ -69,7 +69,60 @@ def detectron2() -> None:
         cfg.merge_from_list(["MODEL.RESNETS.DEPTH", depth, *options])
         backbone = build_backbone(cfg)
         # Its pyramid wants multiples of 32.
-        save(f"detectron2-{name}", f"detectron2 {__version__}", {"backbone": backbone}, backbone, (64, 96))
+        save(f"detectron2-{name}", f"detectron2 {__version__}", {"backbone.": backbone}, backbone, (64, 96))
+    detectron2_imagenet()
+
+
+def detectron2_imagenet() -> None:
+    """The trunk, C2 to C5, from pickles in the naming of detectron2's ImageNet files, through its own conversion."""
+    from detectron2 import __version__
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import build_resnet_backbone
+
+    folded = {"weight": "bn_s", "bias": "bn_b"}
+    plain = {
+        "weight": "bn_gamma",
+        "bias": "bn_beta",
+        "running_mean": "bn_running_mean",
+        "running_var": "bn_running_var",
+    }
+    group_norm = {"weight": "gn_s", "bias": "gn_b"}
+    for name, leaves, norm in (("msra", plain, "FrozenBN"), ("fb", folded, "FrozenBN"), ("gn", group_norm, "GN")):
+        cfg = get_cfg()
+        cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+        cfg.MODEL.RESNETS.NORM = norm
+        cfg.MODEL.RESNETS.STRIDE_IN_1X1 = norm != "GN"
+        trunk = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+        shapes = {"conv1_b": (64,), "fc1000_w": (1000, 2048), "fc1000_b": (1000,)}
+        for key, value in trunk.state_dict().items():
+            shapes[caffe2_name(key, leaves)] = value.shape
+        state = state_dict({key: shape for key, shape in shapes.items() if key})
+        with tempfile.NamedTemporaryFile(suffix=".pkl") as file:
+            pickle.dump({key: value.numpy() for key, value in state.items()}, file)
+            file.flush()
+            DetectionCheckpointer(trunk).load(file.name)
+        with torch.no_grad():
+            levels = list(trunk(images(64, 96)).values())
+        save_reference(f"detectron2-imagenet-{name}", f"detectron2 {__version__}", (64, 96), state, levels)
+
+
+def caffe2_name(key: str, leaves: dict[str, str]) -> str:
+    """Detectron's name of a trunk's entry of detectron2's; empty where its file has none."""
+    branches = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
+    *place, last, leaf = key.split(".")
+    is_norm = last == "norm"
+    if is_norm:
+        *place, last = place
+        if leaf not in leaves:
+            return ""
+        leaf = leaves[leaf]
+    else:
+        leaf = "w"
+    if place == ["stem"]:
+        return f"res_conv1_{leaf}" if is_norm else f"conv1_{leaf}"
+    return "_".join((*place, branches[last], leaf))
 
 
 def mmdetection() -> None:
@@ -102,7 +155,7 @@ def mmdetection() -> None:
             levels: Sequence[Tensor] = neck(backbone(batch))
             return levels
 
-        save(f"mmdetection-{name}", f"mmdet {__version__}", {"backbone": backbone, "neck": neck}, forward, (75, 101))
+        save(f"mmdetection-{name}", f"mmdet {__version__}", {"backbone.": backbone, "neck.": neck}, forward, (75, 101))
 
 
 def kuangliu() -> None:
@@ -115,7 +168,7 @@ def kuangliu() -> None:
         ("fpn-2-4-23-3", source.FPN(source.Bottleneck, [2, 4, 23, 3])),
         ("retina-2-2-2-2", retina_fpn.RetinaFPN(retina_fpn.Bottleneck, [2, 2, 2, 2])),
     ):
-        save(f"kuangliu-{name}", "kuangliu/pytorch-fpn 4421a71", {"module": model}, model, (75, 101))
+        save(f"kuangliu-{name}", "kuangliu/pytorch-fpn 4421a71", {"": model}, model, (75, 101))
 
 
 if __name__ == "__main__":
