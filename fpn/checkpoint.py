@@ -90,18 +90,30 @@ def from_checkpoint(
         norm_eps = 0.0 if file is not None and file.name in NORM_EPS_0 else NORM_EPS
     trunk = describe_trunk(entries, names.naming, stride_in_1x1, norm_eps)
     pyramid = describe_pyramid(entries, names.naming, upsample, extra, norm_eps)
-    with torch.device("meta"):  # what a hostile file claims costs no memory before it is found to be there
-        sketch = FPN(ResNet(**trunk), **pyramid)
+    try:
+        with torch.device("meta"):  # what a hostile file claims costs no memory before it is found to be there
+            sketch = FPN(ResNet(**trunk), **pyramid)
+    except RuntimeError as error:
+        raise CheckpointError(f"its shapes are those of no model: {error}") from error
     report = match_all(sketch.state_dict(), state, names)
 
     model = FPN(ResNet(**trunk), **pyramid)
     load_matched(model, state, report)
-    theirs = names.naming.channel_order or ("bgr" if trunk["stride_in_1x1"] else "rgb")
-    if channel_order not in (None, theirs):
+    source_order = names.naming.channel_order or ("bgr" if trunk["stride_in_1x1"] else "rgb")
+    if channel_order not in (None, source_order):
         reverse_channels(model)
-    told = notes(names, trunk, pyramid)
+    told_extra = f"P6P7(relu={model.extra.relu})" if isinstance(model.extra, P6P7) else pyramid["extra"]
     model.report = replace(
-        report, notes=(*told, f"it takes {(channel_order or theirs).upper()} images, its source {theirs.upper()}")
+        report,
+        notes=(
+            f"from {names.naming.source}" + (f", under {names.prefix!r}" if names.prefix else ""),
+            f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} "
+            f"wide, {trunk['norm_layer'].func.__name__}",
+            *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
+            f"not told by the keys: stride_in_1x1={trunk['stride_in_1x1']}, upsample={model.upsample!r}, "
+            f"extra={told_extra}, norm_eps={norm_eps}, images in {(channel_order or source_order).upper()} "
+            f"where the source has {source_order.upper()}",
+        ),
     )
     logger.info("%s", model.report)
     return model
@@ -151,7 +163,7 @@ def describe_trunk(entries: Entries, naming: Naming, stride_in_1x1: bool | None,
         )
     norm_layer = norm_of(entries, "bottom_up.", norm_eps)
     if stride_in_1x1 is None:
-        is_frozen = not any(name.endswith(COUNTER) for name in entries) and norm_layer.func is FrozenBatchNorm2d
+        is_frozen = norm_layer.func is FrozenBatchNorm2d
         stride_in_1x1 = naming.msra and is_frozen and block is Bottleneck and width == width_per_group
     return {
         "block": block,
@@ -267,25 +279,6 @@ def reverse_channels(model: FPN) -> None:
         raise ValueError(f"channel_order is for images of 3 channels; the checkpoint's have {conv.in_channels}")
     with torch.no_grad():
         conv.weight.copy_(conv.weight.flip(1))
-
-
-def notes(names: Names, trunk: Mapping[str, Any], pyramid: Mapping[str, Any]) -> tuple[str, ...]:
-    """What was recognised, and what no key tells."""
-    told = f"from {names.naming.source}" + (f", under {names.prefix!r}" if names.prefix else "")
-    extra = pyramid["extra"]
-    untold = {
-        "stride_in_1x1": trunk["stride_in_1x1"],
-        "upsample": pyramid["upsample"],
-        "extra": f"P6P7(relu={extra.keywords['relu']})" if isinstance(extra, partial) else extra,
-        "norm_eps": trunk["norm_layer"].keywords["eps"],
-    }
-    return (
-        told,
-        f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} wide, "
-        f"{trunk['norm_layer'].func.__name__}",
-        *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
-        "not told by the keys: " + ", ".join(f"{name}={value!r}" for name, value in untold.items()),
-    )
 
 
 def export_state_dict(

@@ -341,18 +341,26 @@ def test_channel_order() -> None:
         for order, given in (("bgr", images), ("rgb", images.flip(1))):
             model = from_checkpoint(reference_state("detectron2-r18"), channel_order=order)
             assert error(model.eval()(given), source) < 1e-5
-            assert f"it takes {order.upper()} images, its source BGR" in str(model.report)
+            assert f"images in {order.upper()} where the source has BGR" in str(model.report)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "lines"),
     [
-        ("detectron2-r50", {}, ("stride_in_1x1=True", "takes BGR", "upsample='nearest'", "extra='maxpool'")),
-        ("detectron2-x101", {}, ("stride_in_1x1=False", "takes BGR", "32 × 8 wide")),
-        ("mmdetection-faster-rcnn-r50", {}, ("stride_in_1x1=False", "takes RGB")),
-        ("mmdetection-faster-rcnn-r50", CAFFE, ("stride_in_1x1=True", "takes BGR")),
-        ("mmdetection-atss-r50", {}, ("extra='P6P7(relu=False)'", "norm_eps=1e-05")),
-        ("kuangliu-fpn-2-4-23-3", {}, ("upsample='bilinear'", "takes RGB", "Bottleneck × (2, 4, 23, 3)")),
+        (
+            "detectron2-r50",
+            {},
+            ("stride_in_1x1=True", "images in BGR where the source has BGR", "upsample='nearest'", "extra=maxpool"),
+        ),
+        ("detectron2-x101", {}, ("stride_in_1x1=False", "images in BGR where the source has BGR", "32 × 8 wide")),
+        ("mmdetection-faster-rcnn-r50", {}, ("stride_in_1x1=False", "images in RGB where the source has RGB")),
+        ("mmdetection-faster-rcnn-r50", CAFFE, ("stride_in_1x1=True", "images in BGR where the source has BGR")),
+        ("mmdetection-atss-r50", {}, ("extra=P6P7(relu=False)", "norm_eps=1e-05")),
+        (
+            "kuangliu-fpn-2-4-23-3",
+            {},
+            ("upsample='bilinear'", "images in RGB where the source has RGB", "Bottleneck × (2, 4, 23, 3)"),
+        ),
     ],
 )
 def test_the_report_says_what_was_assumed(
@@ -482,14 +490,18 @@ def test_two_models_in_one_checkpoint() -> None:
         from_checkpoint({f"{who}.{key}": value for who in ("student", "teacher") for key, value in state.items()})
 
 
-@pytest.mark.parametrize("name", ["backbone.bottom_up.stem.conv1.weight", "backbone.fpn_lateral5.weight"])
-def test_hostile_shapes_take_no_memory(name: str) -> None:
-    state = dict(reference_state("detectron2-r18"))
-    state[name] = torch.zeros(1).expand(2**20, *state[name].shape[1:3], 2**20)
-    with pytest.raises(CheckpointError, match="of another shape"):
-        from_checkpoint(state)
-    state = {key.replace("res2.1", "res2.99999999"): value for key, value in reference_state("detectron2-r18").items()}
-    with pytest.raises(CheckpointError, match="layer1 must have blocks"):
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("backbone.bottom_up.stem.conv1.weight", (2**20, 3, 7, 7), "of another shape"),
+        ("backbone.fpn_lateral5.weight", (2**20, 512, 1, 1), "of another shape"),
+        ("backbone.fpn_lateral5.weight", (2**40, 512, 1, 1), "its shapes are those of no model"),
+        ("backbone.bottom_up.res2.99999999.conv1.weight", (64, 64, 3, 3), "layer1 must have blocks 0, 1"),
+    ],
+)
+def test_hostile_shapes_take_no_memory(name: str, shape: tuple[int, ...], message: str) -> None:
+    state = reference_state("detectron2-r18") | {name: torch.zeros(1).expand(shape)}
+    with pytest.raises(CheckpointError, match=message):
         from_checkpoint(state)
 
 
