@@ -142,7 +142,6 @@ def torchvision_detector(name: str) -> nn.Module:
 
 
 @pytest.mark.torchvision
-@pytest.mark.parametrize("generation", ["present", "old"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -160,23 +159,23 @@ def torchvision_detector(name: str) -> nn.Module:
         "wide_resnet50_2",
     ],
 )
-def test_features_are_torchvisions(name: str, generation: str) -> None:
+def test_features_are_torchvisions(name: str) -> None:
     detector = torchvision_detector(name)
-    state = dict(detector.state_dict())
-    has_norm = "backbone.fpn.inner_blocks.0.1.weight" in state
-    if generation == "old":
-        if has_norm:
-            pytest.skip("the pyramid had no norm then")
-        state = old_generation(state)
-        assert "backbone.fpn.inner_blocks.0.weight" in state
-    model = from_checkpoint(state).eval()
+    present = dict(detector.state_dict())
+    generations = [present]
+    if "backbone.fpn.inner_blocks.0.1.weight" not in present:  # before 0.13 the pyramid had no norm
+        generations.append(old_generation(present))
+        assert "backbone.fpn.inner_blocks.0.weight" in generations[-1]
     with torch.no_grad():
         images = recipe.images(75, 101)
-        assert error(model(images), detector.backbone(images).values()) < 1e-4
-    assert model.report is not None
-    assert "from torchvision, under 'backbone.'" in str(model.report)
-    assert sorted([*model.report.matched.values(), *model.report.unexpected]) == sorted(state)
-    assert not any(key.startswith("backbone.") for key in model.report.unexpected)
+        expected = list(detector.backbone(images).values())
+        for state in generations:
+            model = from_checkpoint(state).eval()
+            assert error(model(images), expected) < 1e-4
+            assert model.report is not None
+            assert "from torchvision, under 'backbone.'" in str(model.report)
+            assert sorted([*model.report.matched.values(), *model.report.unexpected]) == sorted(state)
+            assert not any(key.startswith("backbone.") for key in model.report.unexpected)
 
 
 @pytest.mark.torchvision
@@ -405,10 +404,12 @@ def test_arguments_that_do_not_fit(name: str, options: dict[str, Any], message: 
 # --- damage
 
 
-@pytest.mark.parametrize("name", ["detectron2-r18", "mmdetection-retinanet-r18", "kuangliu-retina-2-2-2-2"])
-def test_any_entry_missing_is_an_error(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "step"), [("detectron2-r18", 1), ("mmdetection-retinanet-r18", 5), ("kuangliu-retina-2-2-2-2", 5)]
+)
+def test_any_entry_missing_is_an_error(name: str, step: int) -> None:
     whole = reference_state(name)
-    for key in whole:
+    for key in list(whole)[::step]:
         if not key.endswith("num_batches_tracked"):
             with pytest.raises(CheckpointError):
                 from_checkpoint({other: value for other, value in whole.items() if other != key})
