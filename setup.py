@@ -26,8 +26,9 @@ setup(
         "cuda12": CUDA12,
         "cuda13": CUDA13,
         "demo": DEMO,
+        "safetensors": ["safetensors"],
         # There are no CUDA wheels for macOS; the tests that need them skip.
-        "test": ["pytest", "timm", *DEMO, *(f"{name}; platform_system != 'Darwin'" for name in CUDA12)],
+        "test": ["pytest", "timm", "safetensors", *DEMO, *(f"{name}; platform_system != 'Darwin'" for name in CUDA12)],
         "lint": ["ruff", "mypy"],
     },
     packages=["fpn", "roi", "roi.kernels"],
