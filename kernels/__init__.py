@@ -69,7 +69,8 @@ def get_kernel(source: str, expression: str, device: int) -> Kernel:
 
     Args:
         source: one of `sources()`.
-        expression: C++ name of the instantiation, such as ``"roi::roi_pool_contiguous<float, float, int, true>"``.
+        expression: C++ name of the instantiation, such as
+            ``"roi::roi_pool<float, float, int, true, roi::Contiguous<4>>"``.
         device: index of the CUDA device.
 
     Raises:

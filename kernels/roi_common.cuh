@@ -1,4 +1,4 @@
-// What the RoI kernels share: number types, vector accesses, and the reading of a box's batch index.
+// What the RoI kernels share: number types, vector accesses, atomics, and the reading of a box's batch index.
 //
 // Compiled by NVRTC (through CuPy), by nvcc, and by g++ for the tests. CuPy always adds -ftz=true; what must be exact for
 // subnormal numbers therefore avoids float arithmetic and the comparison operators on float.
@@ -16,9 +16,13 @@ inline constexpr int kBoxSize = 5;
 // Every kernel here is launched with at most this many threads in a block.
 inline constexpr int kMaxThreads = 256;
 
+// Blocks of them that are to fit a multiprocessor at a time: leaves 64 registers to a thread, 128 where it computes in double.
+template <typename T, typename Coord> inline constexpr int kMinBlocks = sizeof(T) == 8 || sizeof(Coord) == 8 ? 2 : 4;
+
 // The type that values of a storage type are compared and summed in: float, or double for double.
 template <typename T> struct ComputeType { using type = float; };
 template <> struct ComputeType<double> { using type = double; };
+template <typename T> struct ComputeType<const T> : ComputeType<T> {};
 template <typename T> using Compute = typename ComputeType<T>::type;
 
 __device__ __forceinline__ float widen(float value) { return value; }
@@ -62,18 +66,40 @@ __device__ __forceinline__ bool replaces(float candidate, float best) {
 #endif
 }
 
+// The product, rounded. The compiler would contract a plain a * b + c into one rounding; coordinates are computed like this
+// so that the CPU has the same ones.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+
+// Begin and end, half-open: cells, bins, samples, or entries of a table.
+struct Range {
+    int begin;
+    int end;
+};
+
 // N neighbouring elements, moved by as few accesses as their size allows (16 bytes each at most).
 template <typename T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
     T lane[N];
 };
 
-template <typename T, int N> __device__ __forceinline__ Pack<T, N> load(const T* address) {
+template <int N, typename T> __device__ __forceinline__ Pack<T, N> load(const T* address) {
     return *reinterpret_cast<const Pack<T, N>*>(address);
 }
 
 template <typename T, int N> __device__ __forceinline__ void store(T* address, const Pack<T, N>& pack) {
     *reinterpret_cast<Pack<T, N>*>(address) = pack;
 }
+
+// Adds to N neighbouring numbers, each atomically.
+template <typename Number, int N> __device__ __forceinline__ void atomic_add(Number* address, const Number (&values)[N]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) atomicAdd(address + j, values[j]);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void atomic_add(float* address, const float (&values)[4]) {
+    atomicAdd(reinterpret_cast<float4*>(address), make_float4(values[0], values[1], values[2], values[3]));
+}
+#endif
 
 // The shared memory whose size the launch sets, as an array of Item.
 template <typename Item> __device__ __forceinline__ Item* dynamic_shared() {

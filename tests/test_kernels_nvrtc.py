@@ -14,16 +14,28 @@ from typing import Any
 
 import pytest
 
-from roi import cupy_path, kernels
-from tests.cuda_on_cpu import KERNELS, roi_pool_variants
+from roi import kernels
+from roi.cupy_path import launch
+from tests.cuda_on_cpu import (
+    COORDINATES,
+    FEATURES,
+    KERNELS,
+    levels_assertions,
+    ps_roi_pool_variants,
+    roi_align_variants,
+    roi_pool_variants,
+)
 
 # What CuPy adds to the options of every kernel.
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
-FEATURES = tuple(cupy_path._FEATURES.values())
-# Compiled for every architecture; the rest of the variants for one.
-OFTEN = {"coordinates": ("float",), "indices": ("int",)}
+VARIANTS = {"roi_pool": roi_pool_variants, "roi_align": roi_align_variants, "ps_roi_pool": ps_roi_pool_variants}
+# Compiled for every architecture; all variants for one.
+REPRESENTATIVES = {
+    "roi_pool": roi_pool_variants(("float", "__nv_bfloat16"), ("float",), ("int",)),
+    "roi_align": roi_align_variants(("float", "__nv_bfloat16"), ("float",)),
+    "ps_roi_pool": ps_roi_pool_variants(("__nv_bfloat16",), ("float",)),
+}
 OLDEST = 75
-MAX_REGISTERS = 64  # what __launch_bounds__(256, 4) leaves to a thread
 
 
 def toolkit_include(major: int) -> Path | None:
@@ -83,9 +95,13 @@ REPORT = re.compile(
 )
 
 
-def check(compiler: Compiler, variants: list[str], arch: int) -> dict[str, int]:
-    """Registers per variant."""
-    names, log, cubin = compiler.compile("roi_pool", variants, arch)
+def max_registers(variant: str) -> int:
+    """What kMinBlocks of roi_common.cuh leaves to a thread."""
+    return 128 if "double" in variant else 64
+
+
+def check(compiler: Compiler, source: str, variants: list[str], arch: int) -> None:
+    names, log, cubin = compiler.compile(source, variants, arch)
     assert cubin.startswith(b"\x7fELF")
     assert "warning" not in log, log
     reports = {report["name"]: report for report in REPORT.finditer(log)}
@@ -95,37 +111,45 @@ def check(compiler: Compiler, variants: list[str], arch: int) -> dict[str, int]:
         assert int(report["arch"]) == arch
         used = {what: int(report[what]) for what in ("stack", "stores", "loads")}
         assert used == {"stack": 0, "stores": 0, "loads": 0}, f"{variant} for sm_{arch}: {used}"
-        assert 0 < int(report["registers"]) <= MAX_REGISTERS, f"{variant} for sm_{arch}"
-    return {variant: int(reports[name]["registers"]) for variant, name in zip(variants, names, strict=True)}
+        assert 0 < int(report["registers"]) <= max_registers(variant), f"{variant} for sm_{arch}"
 
 
 def test_the_variants_are_those_that_are_launched():
-    """The list of the tests names the element types of the launches."""
-    assert roi_pool_variants() == roi_pool_variants(FEATURES, tuple(cupy_path._COORDINATES.values()))
+    """The lists of the tests name the element types of the launches, and every source."""
+    assert tuple(launch.FEATURES.values()) == FEATURES
+    assert tuple(launch.COORDINATES.values()) == COORDINATES
+    assert sorted(VARIANTS) == list(kernels.sources())
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_compiles_for_every_architecture_without_spills(feature, compiler):
-    variants = roi_pool_variants(features=(feature,), **OFTEN)
+@pytest.mark.parametrize("source", VARIANTS)
+def test_compiles_for_every_architecture_without_spills(source, compiler):
     architectures = compiler.architectures()
     assert architectures
     for arch in architectures:
-        check(compiler, variants, arch)
+        check(compiler, source, REPRESENTATIVES[source], arch)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_every_variant_compiles_without_spills(feature, compiler):
+@pytest.mark.parametrize("source", VARIANTS)
+def test_every_variant_compiles_without_spills(source, feature, compiler):
     arch = min(compiler.architectures(), key=lambda arch: abs(arch - 90))
-    check(compiler, roi_pool_variants(features=(feature,)), arch)
+    check(compiler, source, VARIANTS[source]((feature,)), arch)
+
+
+def test_the_levels_have_the_layout_that_the_launch_fills_in(compiler, monkeypatch):
+    text = kernels.read_source("ps_roi_pool")
+    variants = ps_roi_pool_variants(("float",), ("float",))[:1]
+    monkeypatch.setattr(kernels, "read_source", lambda source: "\n".join((text, *levels_assertions())))
+    check(compiler, "ps_roi_pool", variants, compiler.architectures()[0])
 
 
 def test_a_spill_would_be_reported(compiler, monkeypatch):
     text = kernels.read_source("roi_pool")
-    crowded = text.replace("__launch_bounds__(kMaxThreads, 4)", "__launch_bounds__(kMaxThreads, 8)")
+    crowded = text.replace("__launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)", "__launch_bounds__(kMaxThreads, 8)")
     assert crowded != text
     monkeypatch.setattr(kernels, "read_source", lambda source: crowded)
     with pytest.raises(AssertionError, match="stores"):
-        check(compiler, ["roi::roi_pool_channels_last<__half, float, int, true, 8>"], compiler.architectures()[0])
+        check(compiler, "roi_pool", roi_pool_variants(("float",), ("float",), ("int",)), compiler.architectures()[0])
 
 
 class FakeCuPy(ModuleType):
@@ -173,7 +197,7 @@ class FakeCuPy(ModuleType):
         monkeypatch.setattr(kernels, "_kernels", {})
 
 
-NAME = "roi::roi_pool_contiguous<float, float, int, true>"
+NAME = "roi::roi_pool<float, float, int, true, roi::Contiguous<4>>"
 
 
 def test_a_kernel_is_compiled_once_per_device_and_name(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from roi import cupy_path
+from roi.cupy_path import launch
 from roi.layout import memory_format
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import COMPILER, Library, build, reference, roi_pool_variants
@@ -34,15 +35,15 @@ CASES = [
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     variants = roi_pool_variants(indices=("int",))
     variants += roi_pool_variants(features=("float",), coordinates=("float",), indices=("long long",))
-    return Library(build(tmp_path_factory.mktemp("cuda_on_cpu"), "roi_pool.cu", variants))
+    return Library(build(tmp_path_factory.mktemp("cuda_on_cpu"), "roi_pool", variants))
 
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch, library: Library) -> Library:
     """Launches go to the library. Few threads: every loop over a grid or a block then takes several turns."""
-    monkeypatch.setattr(cupy_path, "_launch", library.launch)
-    monkeypatch.setattr(cupy_path, "_THREADS", 32)
-    monkeypatch.setattr(cupy_path, "_MAX_GRID_Y", 2)
+    monkeypatch.setattr(launch, "run", library.run)
+    monkeypatch.setattr(launch, "THREADS", 32)
+    monkeypatch.setattr(launch, "MAX_GRID_Y", 2)
     library.launched.clear()
     return library
 
@@ -191,8 +192,8 @@ def test_positions_of_64_bits(ordered, layout, monkeypatch, request, on_cpu):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("deterministic")
 def test_with_as_many_threads_as_on_a_device(dtype, layout, monkeypatch):
-    monkeypatch.setattr(cupy_path, "_THREADS", 256)
-    monkeypatch.setattr(cupy_path, "_MAX_GRID_Y", 65535)
+    monkeypatch.setattr(launch, "THREADS", 256)
+    monkeypatch.setattr(launch, "MAX_GRID_Y", 65535)
     shape, size, scale = (1, 40, 7, 9), (3, 3), 1.0
     input = features(shape, dtype).to(memory_format=layout)
     rois = boxes_for(shape, scale, torch.float32)
@@ -217,7 +218,7 @@ def test_vector_accesses_only_where_channels_and_alignment_allow(channels, offse
     rois = boxes_for(shape, 1.0, torch.float32)
     expected, _ = expected_pool(input, rois, 1.0, (3, 3))
     assert same_bits(cupy_path.roi_pool(input, rois, 1.0, 3, 3, False)[0], expected)
-    assert on_cpu.launched == [f"roi::roi_pool_channels_last<float, float, int, false, {lanes}>"]
+    assert on_cpu.launched == [f"roi::roi_pool<float, float, int, false, roi::ChannelsLast<{lanes}>>"]
 
 
 def test_input_of_another_layout_is_copied():

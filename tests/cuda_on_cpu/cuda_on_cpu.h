@@ -24,12 +24,22 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
+// CUDA has the overloads for float in the global namespace.
+using std::abs;
+using std::ceil;
+using std::fabs;
+using std::floor;
+using std::fmax;
+using std::fmin;
 using std::isfinite;
+using std::log2;
 using std::max;
 using std::min;
+using std::sqrt;
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -72,7 +82,9 @@ inline unsigned atomicOr(unsigned* address, unsigned bits) {
     return std::atomic_ref<unsigned>(*address).fetch_or(bits, std::memory_order_relaxed);
 }
 
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline double __longlong_as_double(long long bits) { return std::bit_cast<double>(bits); }
 

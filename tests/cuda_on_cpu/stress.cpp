@@ -1,6 +1,13 @@
 // The main program of the sanitizers' runs: every kind of kernel on hostile boxes, in heap memory of the exact size.
 //
-// An argument plants a fault that the sanitizer has to report: short-output, misaligned-input, float-to-int.
+// An argument plants a fault that the sanitizer has to report: short-output, misaligned-input, float-to-int. Built with
+// STRESS_ONE_KIND it runs one kind of kernel, which builds faster and is enough to find a race that is planted everywhere.
+
+#include "cuda_on_cpu.h"
+
+#include "ps_roi_pool.cu"
+#include "roi_align.cu"
+#include "roi_pool.cu"
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,9 +18,10 @@
 
 namespace {
 
-constexpr int kImages = 2, kHeight = 6, kWidth = 9, kPooledHeight = 3, kPooledWidth = 2;
+constexpr int kImages = 2, kPooledHeight = 3, kPooledWidth = 2;
 constexpr int kBins = kPooledHeight * kPooledWidth;
 constexpr unsigned kThreads = 16;
+constexpr int kLevels = 2, kHeight[kLevels] = {6, 3}, kWidth[kLevels] = {9, 5};
 
 std::string fault;
 
@@ -26,9 +34,39 @@ template <typename T> struct Buffer {
         ASAN_POISON_MEMORY_REGION(data + count, (16 - count * sizeof(T) % 16) % 16);
 #endif
     }
-    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    ~Buffer() {
+#if defined(__SANITIZE_ADDRESS__)
+        ASAN_UNPOISON_MEMORY_REGION(data + size, (16 - size * sizeof(T) % 16) % 16);
+#endif
+        std::free(data);
+    }
     T* data;
     std::size_t size;
+};
+
+// The maps of a pyramid, the first `count` of kLevels.
+template <typename T> struct Maps {
+    Maps(int channels, int levels, T value = T{}) : count(levels) {
+        for (int i = 0; i < levels; ++i) {
+            const std::size_t size = std::size_t(kImages) * channels * kHeight[i] * kWidth[i];
+            maps.push_back(std::make_unique<Buffer<T>>(size, value));
+        }
+    }
+    template <typename Element, typename Coord> roi::Levels<Element, Coord> levels() const {
+        roi::Levels<Element, Coord> all = {};
+        for (int i = 0; i < count; ++i) {
+            all.data[i] = maps[i]->data;
+            all.height[i] = kHeight[i];
+            all.width[i] = kWidth[i];
+            all.scale[i] = Coord(1) / Coord(i + 1);
+        }
+        all.canonical_scale = 4;
+        all.count = count;
+        return all;
+    }
+    int count;
+    std::vector<std::unique_ptr<Buffer<T>>> maps;
 };
 
 template <typename Coord> std::vector<Coord> boxes() {
@@ -37,6 +75,7 @@ template <typename Coord> std::vector<Coord> boxes() {
     const std::vector<std::vector<Coord>> rows = {
         {0, 0, 0, 8, 5},    {1, 2, 1, 7, 4},       {0, 8, 5, 0, 0},       {1, -4, -4, 20, 20},   {0, -9, -9, -5, -5},
         {1, 50, 1, 60, 4},  {0, 1, 50, 4, 60},     {1, -1e30, 1, 1e30, 4}, {0, 1e30, 1e30, 1e30, 1e30},
+        {0, 1e30, 1e30, -1e30, -1e30}, {0, -3e7, -5e8, 3e7, 5e8}, {1, 2, 2, 2, 2}, {0, 3, 3, 4, 4}, {1, 2, -1e5, 5, 1e5},
         {1, -huge, -huge, huge, huge}, {0, tiny, -tiny, 3, 3}, {0, nan, 0, 4, 4}, {0, 0, 0, inf, 4}, {0, 0, -inf, 4, 4},
         {-1, 0, 0, 4, 4},   {2, 0, 0, 4, 4},       {Coord(0.5), 0, 0, 4, 4}, {Coord(-0.5), 0, 0, 4, 4},
         {huge, 0, 0, 4, 4}, {-huge, 0, 0, 4, 4},   {nan, 0, 0, 4, 4},     {inf, 0, 0, 4, 4},
@@ -52,58 +91,153 @@ void expect(bool holds, const char* what) {
     std::exit(3);
 }
 
-// Lanes == 0: contiguous.
-template <typename T, typename Coord, typename Index, int Lanes> void run(int channels) {
-    constexpr bool kChannelsLast = Lanes > 0;
+template <typename T> void expect_close(const Maps<T>& gathered, const Maps<roi::Compute<T>>& scattered, double tolerance) {
+    for (int level = 0; level < gathered.count; ++level) {
+        for (std::size_t i = 0; i < gathered.maps[level]->size; ++i) {
+            const double expected = scattered.maps[level]->data[i];
+            const double difference = std::fabs(roi::widen(gathered.maps[level]->data[i]) - expected);
+            expect(difference <= tolerance * (1 + std::fabs(expected)), "the two gradients differ");
+        }
+    }
+}
+
+template <typename Layout> constexpr bool is_channels_last = !std::is_same_v<Layout, roi::Contiguous<Layout::kChannels>>;
+
+// As launch.per_cell() has it: threads, patches of all levels, and shared memory for two boxes at a time.
+constexpr int kSlots = 2;
+struct Gather {
+    dim3 block{4, kThreads / 4};
+    dim3 grid;
+    std::size_t shared_bytes;
+
+    Gather(bool channels_last, int levels, std::size_t candidate, std::size_t weight) {
+        const unsigned columns = channels_last ? block.y : block.x, rows = channels_last ? 1 : block.y;
+        unsigned patches = 0;
+        for (int i = 0; i < levels; ++i) {
+            patches += (kWidth[i] + columns - 1) / columns * ((kHeight[i] + rows - 1) / rows);
+        }
+        grid = {patches, 3};
+        shared_bytes = candidate * kThreads + 4 * ((kThreads + 31) / 32) +
+                       kSlots * (sizeof(roi::Range) * (rows + columns) +
+                                 weight * (rows * kPooledHeight + columns * kPooledWidth));
+    }
+};
+
+template <typename T, typename Coord, typename Index, typename Layout> void run_pool(int channels) {
     const std::vector<Coord> rois = boxes<Coord>();
     const unsigned count = static_cast<unsigned>(rois.size() / roi::kBoxSize);
-    const std::size_t cells = std::size_t(kImages) * channels * kHeight * kWidth;
     const std::size_t outputs = std::size_t(count) * channels * kBins;
-    const Coord scale = 1;
 
-    Buffer<T> input(cells + 1);
-    for (std::size_t i = 0; i < cells; ++i) input.data[i] = roi::narrow<T>(static_cast<float>(i * 37 % 11) - 5.0f);
-    const T* source = input.data;
-    if (fault == "misaligned-input") source = reinterpret_cast<const T*>(reinterpret_cast<const char*>(source) + 2);
+    Maps<T> input(channels, kLevels);
+    for (auto& map : input.maps) {
+        for (std::size_t i = 0; i < map->size; ++i) map->data[i] = roi::narrow<T>(static_cast<float>(i * 37 % 11) - 5.0f);
+    }
+    auto levels = input.template levels<const T, Coord>();
+    if (fault == "misaligned-input") {
+        levels.data[0] = reinterpret_cast<const T*>(reinterpret_cast<const char*>(levels.data[0]) + 2);
+    }
     Buffer<T> output(fault == "short-output" ? outputs - 1 : outputs);
     Buffer<Index> argmax(outputs, Index(-7));
-
-    cuda_on_cpu::launch({count, 2}, {kThreads}, sizeof(roi::Edges) * (kPooledHeight + kPooledWidth), [&] {
-        if constexpr (kChannelsLast) {
-            roi::roi_pool_channels_last<T, Coord, Index, true, Lanes>(
-                source, rois.data(), output.data, argmax.data, scale, kImages, channels, kHeight, kWidth,
-                kPooledHeight, kPooledWidth);
-        } else {
-            roi::roi_pool_contiguous<T, Coord, Index, true>(
-                source, rois.data(), output.data, argmax.data, scale, kImages, channels, kHeight, kWidth,
-                kPooledHeight, kPooledWidth);
-        }
+    cuda_on_cpu::launch({count, 2}, {kThreads}, sizeof(roi::Range) * (kPooledHeight + kPooledWidth), [&] {
+        roi::roi_pool<T, Coord, Index, true, Layout>(levels, rois.data(), output.data, argmax.data, kImages, channels,
+                                                     kPooledHeight, kPooledWidth);
     });
     for (std::size_t i = 0; i < outputs; ++i) {
-        expect(argmax.data[i] >= -1 && argmax.data[i] < kHeight * kWidth, "a position is outside the map");
+        expect(argmax.data[i] >= -1 && argmax.data[i] < kHeight[0] * kWidth[0], "a position is outside the map");
+    }
+
+    constexpr bool kChannelsLast = is_channels_last<Layout>;
+    Buffer<T> grad(outputs, roi::narrow<T>(1.0f));
+    Maps<roi::Compute<T>> scattered(channels, kLevels);
+    cuda_on_cpu::launch({count, 2}, {kThreads}, 0, [&] {
+        roi::roi_pool_backward_atomic<T, Coord, Index, kChannelsLast>(
+            scattered.template levels<roi::Compute<T>, Coord>(), grad.data, rois.data(), argmax.data, kImages, channels,
+            kPooledHeight, kPooledWidth);
+    });
+    Maps<T> gathered(channels, kLevels, roi::narrow<T>(99.0f));
+    const Gather launch(kChannelsLast, kLevels, sizeof(roi::Candidate<roi::Extent>), 0);
+    cuda_on_cpu::launch(launch.grid, launch.block, launch.shared_bytes, [&] {
+        roi::roi_pool_backward_gather<T, Coord, Index, kChannelsLast>(
+            gathered.template levels<T, Coord>(), grad.data, rois.data(), argmax.data, static_cast<int>(count), kImages,
+            channels, kPooledHeight, kPooledWidth, kSlots);
+    });
+    expect_close(gathered, scattered, 0);
+}
+
+template <typename T, typename Coord, typename Layout, bool PositionSensitive>
+void run_align(int channels, int sampling_ratio, int aligned) {
+    using Number = roi::Compute<T>;
+    constexpr bool kChannelsLast = is_channels_last<Layout>;
+    constexpr int kMaps = PositionSensitive ? 1 : kLevels;
+    const std::vector<Coord> rois = boxes<Coord>();
+    const unsigned count = static_cast<unsigned>(rois.size() / roi::kBoxSize);
+    const std::size_t outputs = std::size_t(count) * channels * kBins;
+    const int input_channels = PositionSensitive ? channels * kBins : channels;
+    const auto shared_bytes = [](int capacity) {
+        return sizeof(roi::TapsHeader<Number>) + sizeof(roi::Range) * (kPooledHeight + kPooledWidth) +
+               sizeof(roi::Tap<Number>) * capacity;
+    };
+
+    Maps<T> input(input_channels, kMaps, roi::narrow<T>(1.0f));
+    // As launch.py has it, and too small: what does not fit is dropped, and nothing else is written.
+    int capacity = kHeight[0] + 2 * kPooledHeight + kWidth[0] + 2 * kPooledWidth + 128;
+    for (const int taps : {3, capacity}) {
+        Buffer<T> output(outputs);
+        cuda_on_cpu::launch({count, 2}, {kThreads}, shared_bytes(taps), [&] {
+            roi::roi_align<T, Coord, Layout, PositionSensitive>(input.template levels<const T, Coord>(), rois.data(),
+                                                                output.data, kImages, channels, kPooledHeight,
+                                                                kPooledWidth, sampling_ratio, aligned, taps);
+        });
+        for (std::size_t i = 0; i < outputs; ++i) {
+            expect(!(std::fabs(static_cast<double>(roi::widen(output.data[i]))) > 1.01), "a mean is beyond its terms");
+        }
     }
 
     Buffer<T> grad(outputs, roi::narrow<T>(1.0f));
-    Buffer<roi::Compute<T>> scattered(cells);
-    cuda_on_cpu::launch({count, 2}, {kThreads}, 0, [&] {
-        roi::roi_pool_backward_atomic<T, Coord, Index, kChannelsLast>(
-            grad.data, rois.data(), argmax.data, scattered.data, kImages, channels, kHeight, kWidth, kPooledHeight,
-            kPooledWidth);
+    Maps<Number> scattered(input_channels, kMaps);
+    cuda_on_cpu::launch({count, 2}, {kThreads}, shared_bytes(capacity), [&] {
+        roi::roi_align_backward_atomic<T, Coord, Layout, PositionSensitive>(
+            scattered.template levels<Number, Coord>(), grad.data, rois.data(), kImages, channels, kPooledHeight,
+            kPooledWidth, sampling_ratio, aligned, capacity);
     });
+    Maps<T> gathered(input_channels, kMaps, roi::narrow<T>(99.0f));
+    const Gather launch(kChannelsLast, kMaps, sizeof(roi::Candidate<roi::Sampling<Coord>>), sizeof(Number));
+    cuda_on_cpu::launch(launch.grid, launch.block, launch.shared_bytes, [&] {
+        roi::roi_align_backward_gather<T, Coord, kChannelsLast, PositionSensitive>(
+            gathered.template levels<T, Coord>(), grad.data, rois.data(), static_cast<int>(count), kImages, channels,
+            kPooledHeight, kPooledWidth, sampling_ratio, aligned, kSlots);
+    });
+    expect_close(gathered, scattered, sizeof(T) == 2 ? 1e-2 : 1e-5);
+}
 
-    Buffer<T> gathered(cells, roi::narrow<T>(99.0f));
-    const dim3 block{4, kThreads / 4};
-    const unsigned patches = kChannelsLast ? (kWidth + block.y - 1) / block.y * kHeight
-                                           : (kWidth + block.x - 1) / block.x * ((kHeight + block.y - 1) / block.y);
-    const std::size_t shared_bytes = sizeof(roi::Candidate) * kThreads + sizeof(unsigned) * ((kThreads + 31) / 32);
-    cuda_on_cpu::launch({patches, 3}, block, shared_bytes, [&] {
-        roi::roi_pool_backward_gather<T, Coord, Index, kChannelsLast>(
-            grad.data, rois.data(), argmax.data, gathered.data, scale, static_cast<int>(count), kImages, channels,
-            kHeight, kWidth, kPooledHeight, kPooledWidth);
+template <typename T, typename Coord, typename Layout> void run_ps_pool(int channels) {
+    using Number = roi::Compute<T>;
+    constexpr bool kChannelsLast = is_channels_last<Layout>;
+    const std::vector<Coord> rois = boxes<Coord>();
+    const unsigned count = static_cast<unsigned>(rois.size() / roi::kBoxSize);
+    const std::size_t outputs = std::size_t(count) * channels * kBins;
+    const std::size_t shared_bytes = sizeof(roi::Range) * (kPooledHeight + kPooledWidth);
+
+    Maps<T> input(channels * kBins, 1);
+    Buffer<T> output(outputs);
+    cuda_on_cpu::launch({count, 2}, {kThreads}, shared_bytes, [&] {
+        roi::ps_roi_pool<T, Coord, Layout>(input.template levels<const T, Coord>(), rois.data(), output.data, kImages,
+                                           channels, kPooledHeight, kPooledWidth);
     });
-    for (std::size_t i = 0; i < cells; ++i) {
-        expect(roi::widen(gathered.data[i]) == scattered.data[i], "the two gradients differ");
-    }
+    Buffer<T> grad(outputs, roi::narrow<T>(1.0f));
+    Maps<Number> scattered(channels * kBins, 1);
+    cuda_on_cpu::launch({count, 2}, {kThreads}, shared_bytes, [&] {
+        roi::ps_roi_pool_backward_atomic<T, Coord, Layout>(scattered.template levels<Number, Coord>(), grad.data,
+                                                           rois.data(), kImages, channels, kPooledHeight, kPooledWidth);
+    });
+    Maps<T> gathered(channels * kBins, 1, roi::narrow<T>(99.0f));
+    const Gather launch(kChannelsLast, 1, sizeof(roi::Candidate<roi::Extent>), sizeof(Number));
+    cuda_on_cpu::launch(launch.grid, launch.block, launch.shared_bytes, [&] {
+        roi::ps_roi_pool_backward_gather<T, Coord, kChannelsLast>(
+            gathered.template levels<T, Coord>(), grad.data, rois.data(), static_cast<int>(count), kImages, channels,
+            kPooledHeight, kPooledWidth, kSlots);
+    });
+    expect_close(gathered, scattered, sizeof(T) == 2 ? 1e-2 : 1e-5);
 }
 
 }  // namespace
@@ -114,14 +248,19 @@ int main(int argc, char** argv) {
         volatile float huge = 1e30f;
         std::printf("%d\n", static_cast<int>(huge));
     }
-    run<float, float, int, 0>(5);
-    run<float, float, int, 4>(8);
-    run<float, double, long long, 1>(3);
-    run<double, double, int, 2>(4);
-    run<double, float, int, 0>(3);
-    run<__half, float, int, 8>(8);
-    run<__half, float, long long, 0>(2);
-    run<__nv_bfloat16, float, int, 8>(16);
-    run<__nv_bfloat16, double, int, 1>(3);
+    run_pool<float, float, int, roi::Contiguous<4>>(5);
+#ifndef STRESS_ONE_KIND
+    run_align<float, float, roi::Contiguous<4>, false>(5, 0, 0);
+    run_pool<float, double, long long, roi::ChannelsLast<1>>(3);
+    run_pool<double, double, int, roi::ChannelsLast<2>>(4);
+    run_pool<__half, float, int, roi::ChannelsLast<8>>(8);
+    run_pool<__nv_bfloat16, float, int, roi::Contiguous<4>>(2);
+    run_align<float, float, roi::ChannelsLast<4>, false>(8, 2, 1);
+    run_align<__half, double, roi::ChannelsLast<1>, false>(3, 0, 1);
+    run_align<double, float, roi::Contiguous<1>, true>(2, 3, 1);
+    run_align<float, float, roi::ChannelsLast<1>, true>(1, 0, 1);
+    run_ps_pool<float, float, roi::Contiguous<1>>(2);
+    run_ps_pool<__half, double, roi::ChannelsLast<1>>(1);
+#endif
     std::puts("done");
 }

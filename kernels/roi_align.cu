@@ -1,0 +1,190 @@
+// RoIAlign and its position-sensitive form, forward and backward.
+//
+//   inputs  (N, C, H, W)     T: float, double, __half or __nv_bfloat16; contiguous or channels_last; a map for each level
+//   rois    (K, 5)           Coord: float or double; batch index, x1, y1, x2, y2 in the units of the image
+//   output  (K, C', PH, PW)  T, in the memory format of the inputs
+//
+// C' = C; or C = C' * PH * PW where PositionSensitive, and bin b of channel c is made of channel c * PH * PW + b.
+//
+// A bin is the mean over regularly spaced samples, those off the map counting as 0, and 0 where it has none; see
+// roi_bilinear.cuh. A cell that has no weight is not read. A box that image_of() rejects is NaN throughout and takes no gradient. Nothing outside the tensors is
+// accessed, and nothing off the map is looked at, for any content of `rois`.
+//
+// Limits that the launch checks: H, W from 1 to 2^30, C * PH * PW at most 2^30, N * C below 2^31, and that the taps fit
+// shared memory. Within them only addresses need 64 bits.
+
+#include "roi_bilinear.cuh"
+#include "roi_common.cuh"
+#include "roi_gather.cuh"
+#include "roi_layout.cuh"
+#include "roi_levels.cuh"
+
+namespace roi {
+
+// The launches count on these: see align.py.
+static_assert(sizeof(Candidate<Sampling<float>>) == 32 && sizeof(Candidate<Sampling<double>>) == 56);
+static_assert(sizeof(TapsHeader<float>) == 8 && sizeof(TapsHeader<double>) == 16);
+static_assert(sizeof(Tap<float>) == 8 && sizeof(Tap<double>) == 16);
+
+// The channel of the inputs that an item's first channel is made of.
+template <bool PositionSensitive> __device__ __forceinline__ int input_channel(Item item, unsigned bins) {
+    return PositionSensitive ? item.channel * static_cast<int>(bins) + static_cast<int>(item.bin) : item.channel;
+}
+
+// A block serves one box (blockIdx.x); blockIdx.y splits the box's items. `channels` are C', here and below. Dynamic shared
+// memory: see share_taps().
+template <typename T, typename Coord, typename Layout, bool PositionSensitive>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
+roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __restrict__ rois, T* __restrict__ output,
+          int batch_size, int channels, int pooled_height, int pooled_width, int sampling_ratio, int aligned,
+          int capacity) {
+    using Number = Compute<T>;
+    constexpr int kChannels = Layout::kChannels;
+    static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin are not neighbours in the input");
+    const long long row = blockIdx.x;
+    const Coord* const box = rois + row * kBoxSize;
+    const int image = image_of(box, batch_size);
+    const int level = image >= 0 ? level_of(inputs, box) : 0;
+    const int height = inputs.height[level];
+    const int width = inputs.width[level];
+    const T* const input = inputs.data[level];
+    const Taps<Number> taps = share_taps<Number>(box, inputs.scale[level], height, width, pooled_height, pooled_width,
+                                                 sampling_ratio, aligned, capacity);
+
+    const unsigned bins = static_cast<unsigned>(pooled_height) * static_cast<unsigned>(pooled_width);
+    const int input_channels = PositionSensitive ? channels * static_cast<int>(bins) : channels;
+    const unsigned items = Layout::items(channels, bins);
+    for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < items; i += gridDim.y * blockDim.x) {
+        const Item item = Layout::item(i, channels, bins);
+        T means[kChannels];
+        if (image < 0) {
+#pragma unroll
+            for (int j = 0; j < kChannels; ++j) means[j] = narrow<T>(not_a_number<Number>());
+        } else {
+            const unsigned bin_row = item.bin / static_cast<unsigned>(pooled_width);
+            const Range rows = taps.bins[bin_row];
+            const Range columns = taps.bins[pooled_height + item.bin - bin_row * pooled_width];
+            const Slice<const T, Layout> source(input, image, input_channel<PositionSensitive>(item, bins),
+                                                input_channels, static_cast<long long>(height) * width);
+            Number sum[kChannels] = {};
+            for (int r = rows.begin; r < rows.end; ++r) {
+                const Tap<Number> vertical = taps.taps[r];
+                const long long line = static_cast<long long>(vertical.cell) * width;
+                // The second load does not wait for the first sum.
+#pragma unroll 2
+                for (int c = columns.begin; c < columns.end; ++c) {
+                    const Tap<Number> horizontal = taps.taps[c];
+                    const Number weight = vertical.weight * horizontal.weight;
+                    Number values[kChannels];
+                    source.load(line + horizontal.cell, values);
+#pragma unroll
+                    for (int j = 0; j < kChannels; ++j) sum[j] += weight * values[j];
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kChannels; ++j) means[j] = narrow<T>(sum[j] / taps.samples);
+        }
+        Slice<T, Layout>(output, row, item.channel, channels, bins).store(item.bin, means);
+    }
+}
+
+// By atomic additions, in an order that differs from run to run, one for each tap. `grad` (K, C', PH, PW) shares its memory
+// format with `grad_inputs` (N, C, H, W), which hold zeros on entry. Work is split as in the forward pass.
+template <typename T, typename Coord, typename Layout, bool PositionSensitive>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
+roi_align_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad_inputs, const T* __restrict__ grad,
+                          const Coord* __restrict__ rois, int batch_size, int channels, int pooled_height,
+                          int pooled_width, int sampling_ratio, int aligned, int capacity) {
+    using Number = Compute<T>;
+    constexpr int kChannels = Layout::kChannels;
+    static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin are not neighbours in the input");
+    const long long row = blockIdx.x;
+    const Coord* const box = rois + row * kBoxSize;
+    const int image = image_of(box, batch_size);
+    if (image < 0) return;
+
+    const int level = level_of(grad_inputs, box);
+    const int height = grad_inputs.height[level];
+    const int width = grad_inputs.width[level];
+    const Taps<Number> taps = share_taps<Number>(box, grad_inputs.scale[level], height, width, pooled_height,
+                                                 pooled_width, sampling_ratio, aligned, capacity);
+
+    const unsigned bins = static_cast<unsigned>(pooled_height) * static_cast<unsigned>(pooled_width);
+    const int input_channels = PositionSensitive ? channels * static_cast<int>(bins) : channels;
+    const unsigned items = Layout::items(channels, bins);
+    for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < items; i += gridDim.y * blockDim.x) {
+        const Item item = Layout::item(i, channels, bins);
+        const unsigned bin_row = item.bin / static_cast<unsigned>(pooled_width);
+        const Range rows = taps.bins[bin_row];
+        const Range columns = taps.bins[pooled_height + item.bin - bin_row * pooled_width];
+        const Slice<Number, Layout> target(grad_inputs.data[level], image, input_channel<PositionSensitive>(item, bins),
+                                           input_channels, static_cast<long long>(height) * width);
+        Number gradients[kChannels];
+        Slice<const T, Layout>(grad, row, item.channel, channels, bins).load(item.bin, gradients);
+#pragma unroll
+        for (int j = 0; j < kChannels; ++j) gradients[j] /= taps.samples;
+        for (int r = rows.begin; r < rows.end; ++r) {
+            const Tap<Number> vertical = taps.taps[r];
+            const long long line = static_cast<long long>(vertical.cell) * width;
+            for (int c = columns.begin; c < columns.end; ++c) {
+                const Tap<Number> horizontal = taps.taps[c];
+                const Number weight = vertical.weight * horizontal.weight;
+                Number shares[kChannels];
+#pragma unroll
+                for (int j = 0; j < kChannels; ++j) shares[j] = weight * gradients[j];
+                target.add(line + horizontal.cell, shares);
+            }
+        }
+    }
+}
+
+// What the gather is about: the bins that a cell is a tap of.
+template <typename T, typename Coord, bool ChannelsLast, bool PositionSensitive> struct TapsGather {
+    using Axis = Sampling<Coord>;
+    using Number = Compute<T>;
+    static constexpr bool kWeighted = true;
+
+    const T* grad;
+    int channels;
+    int pooled_height;
+    int pooled_width;
+    int sampling_ratio;
+    int aligned;
+
+    __device__ Axis axis(Coord low, Coord high, Coord scale, int bins) const {
+        return sampling_of(low, high, scale, bins, sampling_ratio, aligned);
+    }
+    __device__ bool overlaps(Axis axis, int bins, Range patch, int) const { return roi::overlaps(axis, bins, patch); }
+    __device__ Range cover(Axis axis, int cell, int cells, int bins, Number* weights) const {
+        const Range near = bins_near(axis, cell, bins);
+        Range covering = {near.end, near.begin};
+        for (int bin = near.begin; bin < near.end; ++bin) {
+            weights[bin] = tap_weight<Number>(axis, bin, cell, cells) / static_cast<Number>(axis.grid);
+            if (weights[bin] == 0) continue;
+            covering = {min(covering.begin, bin), bin + 1};
+        }
+        return covering;
+    }
+    __device__ void add(Number (&sum)[kGatherChannels], int row, long long, const Cover<Number>& rows,
+                        const Cover<Number>& columns, const ThreadChannels& mine) const {
+        const T* const gradients = grad + static_cast<long long>(row) * channels * pooled_height * pooled_width;
+        if constexpr (PositionSensitive) {
+            add_own_bin<ChannelsLast>(sum, gradients, rows, columns, mine, pooled_height, pooled_width);
+        } else {
+            add_bins<ChannelsLast>(sum, gradients, rows, columns, mine, pooled_height, pooled_width);
+        }
+    }
+};
+
+template <typename T, typename Coord, bool ChannelsLast, bool PositionSensitive>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
+roi_align_backward_gather(const __grid_constant__ Levels<T, Coord> grad_inputs, const T* __restrict__ grad,
+                          const Coord* __restrict__ rois, int boxes, int batch_size, int channels, int pooled_height,
+                          int pooled_width, int sampling_ratio, int aligned, int slots) {
+    const int bins = PositionSensitive ? pooled_height * pooled_width : 1;
+    const TapsGather<T, Coord, ChannelsLast, PositionSensitive> op = {grad,         channels,       pooled_height,
+                                                                      pooled_width, sampling_ratio, aligned};
+    gather<ChannelsLast>(op, grad_inputs, rois, boxes, batch_size, channels * bins, pooled_height, pooled_width, slots);
+}
+
+}  // namespace roi
