@@ -14,7 +14,16 @@ if not (_here / "kernels").is_dir():
     kernels = sys.modules["roi.kernels"] = module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
 
+from roi.align import RoIAlign, roi_align  # noqa: E402
 from roi.backend import backend_info, default_backend, set_default_backend  # noqa: E402
 from roi.pool import RoIPool, roi_pool  # noqa: E402
 
-__all__ = ["RoIPool", "backend_info", "default_backend", "roi_pool", "set_default_backend"]
+__all__ = [
+    "RoIAlign",
+    "RoIPool",
+    "backend_info",
+    "default_backend",
+    "roi_align",
+    "roi_pool",
+    "set_default_backend",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,17 @@ def empty_pooled(input: Tensor, rois: int, pooled_height: int, pooled_width: int
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
+def empty_position_sensitive(input: Tensor, rois: int, pooled_height: int, pooled_width: int) -> Tensor:
+    """As `empty_pooled`, of an input that has pooled_height · pooled_width times the output's channels."""
+    shape = (rois, input.shape[1] // (pooled_height * pooled_width), pooled_height, pooled_width)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def empty_gradient(grad: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """Tensor[*shape] of the dtype and on the device of `grad`."""
+    return torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
+
+
 def argmax_format(output: Tensor) -> torch.memory_format:
     """Of the argmax that goes with `output`: on the CPU the one that the gradient is fastest with."""
     return torch.channels_last if output.device.type == "cpu" else memory_format(output)
@@ -39,3 +52,11 @@ def empty_argmax(input: Tensor, output: Tensor, with_argmax: bool, layout: torch
     if not with_argmax:
         return output.new_empty(0, dtype=dtype)
     return torch.empty_like(output, dtype=dtype, memory_format=layout)
+
+
+def empty_pyramid_argmax(
+    features: Sequence[Tensor], output: Tensor, with_argmax: bool, layout: torch.memory_format
+) -> Tensor:
+    """As `empty_argmax`, of an integer that holds any cell of any level."""
+    largest = max(features, key=lambda level: level.shape[2] * level.shape[3])
+    return empty_argmax(largest, output, with_argmax, layout)

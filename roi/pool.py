@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from roi import backend as backends
-from roi.boxes import Boxes, as_rois, check_content, check_input, check_scale, output_pair
-from roi.layout import argmax_format, empty_argmax, empty_pooled, format_of, memory_format
+from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
+from roi.layout import argmax_format, empty_argmax, empty_gradient, empty_pooled, format_of, memory_format
+from roi.operators import check_rois, register
 from roi.torch_path import roi_pool_gather
-
-NAMESPACE = "fpn_roi"
 
 
 def roi_pool(
@@ -86,29 +85,15 @@ class RoIPool(nn.Module):
 
 # The operators that PyTorch's dispatcher knows. Two: the gradient is an operator, so that it has a gradient of its own.
 
-torch.library.define(
-    f"{NAMESPACE}::roi_pool",
-    "(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, bool with_argmax, "
-    "str backend) -> (Tensor output, Tensor argmax)",
-)
-torch.library.define(
-    f"{NAMESPACE}::roi_pool_backward",
-    "(Tensor grad, Tensor rois, Tensor argmax, float spatial_scale, SymInt batch, SymInt channels, SymInt height, "
-    "SymInt width, bool channels_last, str backend) -> Tensor",
-)
 
-
-@torch.library.impl(f"{NAMESPACE}::roi_pool", "CompositeExplicitAutograd")
 def _roi_pool(
     input: Tensor, rois: Tensor, scale: float, height: int, width: int, with_argmax: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if rois.device.type == "cpu":
-        check_content(rois, input.shape[0])
+    check_rois(rois, input.shape[0])
     pooled = backends.run("roi_pool", input.device, backend, input, rois, scale, height, width, with_argmax)
     return cast(tuple[Tensor, Tensor], pooled)
 
 
-@torch.library.impl(f"{NAMESPACE}::roi_pool_backward", "CompositeExplicitAutograd")
 def _roi_pool_backward(
     grad: Tensor,
     rois: Tensor,
@@ -146,8 +131,7 @@ def _fake_roi_pool_backward(
     channels_last: bool,
     backend: str,
 ) -> Tensor:
-    shape = (batch, channels, height, width)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
+    return empty_gradient(grad, (batch, channels, height, width), channels_last)
 
 
 def _save_for_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -175,7 +159,21 @@ def _backward_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]
     return (tangent.contiguous(memory_format=format_of(ctx.channels_last)), *[None] * 9)
 
 
-torch.library.register_fake(f"{NAMESPACE}::roi_pool", _fake_roi_pool)
-torch.library.register_fake(f"{NAMESPACE}::roi_pool_backward", _fake_roi_pool_backward)
-torch.library.register_autograd(f"{NAMESPACE}::roi_pool", _pool_backward, setup_context=_save_for_pool)
-torch.library.register_autograd(f"{NAMESPACE}::roi_pool_backward", _backward_backward, setup_context=_save_for_backward)
+register(
+    "roi_pool",
+    "(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, bool with_argmax, "
+    "str backend) -> (Tensor output, Tensor argmax)",
+    _roi_pool,
+    _fake_roi_pool,
+    _save_for_pool,
+    _pool_backward,
+)
+register(
+    "roi_pool_backward",
+    "(Tensor grad, Tensor rois, Tensor argmax, float spatial_scale, SymInt batch, SymInt channels, SymInt height, "
+    "SymInt width, bool channels_last, str backend) -> Tensor",
+    _roi_pool_backward,
+    _fake_roi_pool_backward,
+    _save_for_backward,
+    _backward_backward,
+)

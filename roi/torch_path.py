@@ -132,3 +132,19 @@ def tall(rows: Tensor) -> Tensor:
 def as_rows(x: Tensor) -> Tensor:
     """Tensor[N·H·W, C] of Tensor[N, C, H, W]: no copy where that is channels_last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+# The other operators, a file for each family. Last, for the pyramid's max pooling is made of the above.
+from roi.torch_align import (  # noqa: E402, F401
+    multiscale_roi_align,
+    multiscale_roi_align_backward,
+    roi_align,
+    roi_align_backward,
+)
+from roi.torch_multiscale_pool import multiscale_roi_pool, multiscale_roi_pool_backward  # noqa: E402, F401
+from roi.torch_position_sensitive import (  # noqa: E402, F401
+    ps_roi_align,
+    ps_roi_align_backward,
+    ps_roi_pool,
+    ps_roi_pool_backward,
+)

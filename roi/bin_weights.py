@@ -1,0 +1,208 @@
+"""What the bins of a RoI are made of where pooling is linear: cells of the map and their weights, side by side.
+
+A bin's weight of a cell is the product of a weight of the row and one of the column. So each side of a RoI is worked out
+alone: a line of entries (row, weight) for each row of bins, and one of (column, weight) for each column of bins. Their
+number is bounded by the map's, however far the RoI reaches beyond it.
+
+This is NumPy on the host: a few numbers for each RoI, in many steps that cost less there than as tensor operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roi.bins import MAX_CELL
+
+Array = NDArray[Any]
+Rows = Array | slice  # some RoIs: their indices, or all from one to another
+
+ALIKE = 2  # samples of a bin's side up to which it does not pay to tell RoIs apart
+
+
+class Entries(NamedTuple):
+    """Of G RoIs: the cells that make up every line, and their weights."""
+
+    rows: Array  # [G, pooled_height, E], integers
+    row_weights: Array
+    columns: Array  # [G, pooled_width, F], integers
+    column_weights: Array
+    empty: Array | None  # [G, pooled_height, pooled_width] of bool: bins without a cell; None where there is none
+
+
+class BinWeights(Protocol):
+    """The bins of K RoIs."""
+
+    @property
+    def sizes(self) -> Array:
+        """[K, 2], integers: entries in a line of rows and in a line of columns. Few different pairs."""
+
+    def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
+        """Those of some RoIs, which all have that size."""
+
+
+@dataclass(frozen=True)
+class SampledBins:
+    """RoIAlign's bins (He et al., Mask R-CNN, 2017, section 3): means of bilinearly interpolated samples.
+
+    A sample at y has for row c the weight 1 - |y - c| where that is positive. Samples of a bin that are less than a cell
+    apart share rows, and are taken together.
+
+    Attributes:
+        begin, length, grid: [K, lines]: where a line's bin begins and how long it is, in cells, and how many samples it
+            has.
+        first: as these: the first sample that can lie on the map. None where all are visited.
+        limits: [lines]: rows or columns of the map.
+        samples: of every line; 0 where each RoI has its own number.
+    """
+
+    pooled_height: int
+    sizes: Array
+    begin: Array
+    length: Array
+    grid: Array
+    first: Array | None
+    limits: Array
+    samples: int
+
+    def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
+        begin, length, grid = self.begin[rois, :, None], self.length[rois, :, None], self.grid[rois, :, None]
+        samples = self.samples or max(size) - 1
+        runs = 1 if max(size) == samples + 1 else samples  # of samples that are taken together
+        last = self.limits[:, None] - 1
+        i = np.arange(samples, dtype=begin.dtype)
+        if self.first is not None:
+            i = i + self.first[rois, :, None]
+        y = begin + (i + 0.5) * length / np.maximum(grid, 1)
+        valid = (y >= -1) & (y <= self.limits[:, None]) & (i < grid)
+        y = np.clip(y, 0, last)
+        weight, empty = 1 / np.maximum(grid, 1)[..., None, None], None
+        if not valid.all():
+            # A sample off the map has no weight, and reads no cell that the others do not: it might hold NaN.
+            y = np.where(valid, y, np.where(valid, y, 0).max(axis=2, keepdims=True))
+            weight = weight * valid.reshape(*valid.shape[:2], runs, -1, 1)
+            empty = outer_or(~valid.any(axis=2), self.pooled_height)
+
+        y = y.reshape(*y.shape[:2], runs, -1, 1)
+        cells = np.floor(y.min(axis=3)) + np.arange(samples // runs + 1, dtype=y.dtype)
+        hats = np.maximum(1 - np.abs(y - cells[..., None, :]), 0)
+        weights = (hats * weight).sum(axis=3) if samples > runs else (hats * weight)[:, :, :, 0]
+        cells = np.minimum(cells, np.minimum(np.floor(y.max(axis=3)) + 1, last[:, None]))
+        flat = (*y.shape[:2], -1)
+        return by_sides(cells.reshape(flat), weights.reshape(flat), empty, self.pooled_height, size)
+
+    def window(self) -> tuple[Array, Array]:
+        """The first and the last (row, column) of the map that a RoI reaches, up to rounding: [K, 2] of int64 each.
+
+        A RoI off the map reaches the nearest ones there.
+        """
+        ends = np.clip(np.stack([self.begin, self.begin + self.length]), 0, self.limits - 1)
+        sides = ends[:, :, : self.pooled_height], ends[:, :, self.pooled_height :]
+        low = np.stack([side.min(axis=(0, 2)) for side in sides], axis=1)
+        high = np.stack([side.max(axis=(0, 2)) for side in sides], axis=1)
+        return low.astype(np.int64), np.minimum(high + 1, self.limits[[0, -1]] - 1).astype(np.int64)
+
+
+def sampled_bins(
+    rois: Array,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    offset: float,
+    smallest: float | None,
+    height: int,
+    width: int,
+) -> SampledBins:
+    """The bins of [K, 5] `rois`, whose rows must be finite, on a map of height × width cells.
+
+    Args:
+        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
+        offset: subtracted from the coordinates in cells.
+        smallest: size in cells that a RoI has at least; None: it may be empty or reversed.
+    """
+    axis, place, bins, limits = line_constants(pooled_height, pooled_width, height, width, rois.dtype)
+    corners = np.clip(rois[:, 1:] * rois.dtype.type(spatial_scale), -MAX_CELL, MAX_CELL)
+    corners = (corners - offset).reshape(-1, 2, 2)[:, :, ::-1]  # [K, ends, (y, x)]
+    begin, length = corners[:, 0], corners[:, 1] - corners[:, 0]
+    if smallest is not None:
+        length = np.maximum(length, smallest)
+    length = length / bins
+    grid = np.full_like(length, sampling_ratio) if sampling_ratio > 0 else np.maximum(np.ceil(length), 0)
+    if sampling_ratio > 0:
+        sizes = np.full(length.shape, 2 * sampling_ratio)
+        if sampling_ratio > ALIKE:
+            sizes[(np.abs(length) <= grid).all(axis=1)] = sampling_ratio + 1
+    begin, length, grid = begin[:, axis] + place * length[:, axis], length[:, axis], grid[:, axis]
+    if sampling_ratio > 0:
+        return SampledBins(pooled_height, sizes, begin, length, grid, None, limits, sampling_ratio)
+    step = np.where(grid > 0, length / np.maximum(grid, 1), 1)
+    step = np.maximum(step, np.finfo(step.dtype).tiny)
+    first = np.clip(np.floor((-1 - begin) / step - 1.5), 0, grid)
+    count = np.clip(np.ceil((limits - begin) / step + 1.5), 0, grid) - first
+    visited = np.stack([count[:, :pooled_height].max(axis=1), count[:, pooled_height:].max(axis=1)], axis=1)
+    sizes = rounded_up(np.maximum(visited, 1).astype(np.int64)) + 1
+    return SampledBins(pooled_height, sizes, begin, length, grid, first, limits, 0)
+
+
+@dataclass(frozen=True)
+class CellBins:
+    """Bins that are means of whole cells: low … high - 1 of every line, [K, lines] of integers."""
+
+    pooled_height: int
+    low: Array
+    high: Array
+
+    @property
+    def sizes(self) -> Array:
+        count = np.maximum(self.high - self.low, 1)
+        sides = count[:, : self.pooled_height], count[:, self.pooled_height :]
+        return rounded_up(np.stack([side.max(axis=1) for side in sides], axis=1))
+
+    def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
+        low, high = self.low[rois, :, None], self.high[rois, :, None]
+        cells = low + np.arange(max(size))
+        weights = (cells < high) / np.maximum(high - low, 1)
+        empty = (high <= low)[:, :, 0]
+        cells = np.maximum(np.minimum(cells, high - 1), 0)
+        return by_sides(
+            cells, weights, outer_or(empty, self.pooled_height) if empty.any() else None, self.pooled_height, size
+        )
+
+
+def by_sides(cells: Array, weights: Array, empty: Array | None, pooled_height: int, size: tuple[int, int]) -> Entries:
+    """[G, lines, entries] of both sides in one, cut apart."""
+    rows, columns = np.s_[:, :pooled_height, : size[0]], np.s_[:, pooled_height:, : size[1]]
+    return Entries(cells[rows], weights[rows], cells[columns], weights[columns], empty)
+
+
+def outer_or(lines: Array, pooled_height: int) -> Array:
+    """[G, pooled_height, pooled_width] of bool of [G, lines]: what holds for a bin's row or its column."""
+    return lines[:, :pooled_height, None] | lines[:, None, pooled_height:]
+
+
+@lru_cache(maxsize=256)
+def line_constants(
+    pooled_height: int, pooled_width: int, height: int, width: int, dtype: np.dtype[Any]
+) -> tuple[Array, Array, Array, Array]:
+    """Of each line its axis (0: y) and its place in it; the bins of each axis; of each line the map's side."""
+    axis = np.array([0] * pooled_height + [1] * pooled_width)
+    place = np.array([*range(pooled_height), *range(pooled_width)], dtype=dtype)
+    return (
+        axis,
+        place,
+        np.array([pooled_height, pooled_width], dtype=dtype),
+        np.array([height, width], dtype=dtype)[axis],
+    )
+
+
+FEW = np.array([1, *(m * 2**k for k in range(40) for m in (2, 3))])  # 1, 2, 3, 4, 6, 8, 12, 16, …
+
+
+def rounded_up(count: Array) -> Array:
+    """Every count replaced by one of few: by at most half as much again."""
+    return FEW[np.searchsorted(FEW, count)]
