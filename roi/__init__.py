@@ -16,13 +16,28 @@ if not (_here / "kernels").is_dir():
 
 from roi.align import RoIAlign, roi_align  # noqa: E402
 from roi.backend import backend_info, default_backend, set_default_backend  # noqa: E402
+from roi.multiscale import (  # noqa: E402
+    MultiScaleRoIAlign,
+    MultiScaleRoIPool,
+    multiscale_roi_align,
+    multiscale_roi_pool,
+)
 from roi.pool import RoIPool, roi_pool  # noqa: E402
+from roi.position_sensitive import PSRoIAlign, PSRoIPool, ps_roi_align, ps_roi_pool  # noqa: E402
 
 __all__ = [
+    "MultiScaleRoIAlign",
+    "MultiScaleRoIPool",
+    "PSRoIAlign",
+    "PSRoIPool",
     "RoIAlign",
     "RoIPool",
     "backend_info",
     "default_backend",
+    "multiscale_roi_align",
+    "multiscale_roi_pool",
+    "ps_roi_align",
+    "ps_roi_pool",
     "roi_align",
     "roi_pool",
     "set_default_backend",

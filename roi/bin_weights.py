@@ -1,8 +1,8 @@
 """What the bins of a RoI are made of where pooling is linear: cells of the map and their weights, side by side.
 
-A bin's weight of a cell is the product of a weight of the row and one of the column. So each side of a RoI is worked out
-alone: a line of entries (row, weight) for each row of bins, and one of (column, weight) for each column of bins. Their
-number is bounded by the map's, however far the RoI reaches beyond it.
+A bin's weight of a cell is the product of a weight of the row and one of the column. So each side of a RoI is worked
+out alone: a line of entries (row, weight) for each row of bins, and one of (column, weight) for each column of bins.
+Their number is bounded by the map's, however far the RoI reaches beyond it.
 
 This is NumPy on the host: a few numbers for each RoI, in many steps that cost less there than as tensor operations.
 """
@@ -41,23 +41,27 @@ class BinWeights(Protocol):
     def sizes(self) -> Array:
         """[K, 2], integers: entries in a line of rows and in a line of columns. Few different pairs."""
 
+    def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
+        """How many numbers it takes at once to work out the entries of one of those RoIs."""
+
     def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
-        """Those of some RoIs, which all have that size."""
+        """Those of some RoIs, which have that size at most."""
 
 
 @dataclass(frozen=True)
 class SampledBins:
     """RoIAlign's bins (He et al., Mask R-CNN, 2017, section 3): means of bilinearly interpolated samples.
 
-    A sample at y has for row c the weight 1 - |y - c| where that is positive. Samples of a bin that are less than a cell
+    A sample at y has for row c the weight 1 - |y - c| where that is positive. Samples of a bin that are at most a cell
     apart share rows, and are taken together.
 
     Attributes:
         begin, length, grid: [K, lines]: where a line's bin begins and how long it is, in cells, and how many samples it
             has.
-        first: as these: the first sample that can lie on the map. None where all are visited.
+        first: as these: the first sample that can lie on the map.
+        visited: [K]: how many samples from there on can lie on the map, in any line of a RoI.
         limits: [lines]: rows or columns of the map.
-        samples: of every line; 0 where each RoI has its own number.
+        adaptive: whether bins of different RoIs have different numbers of samples.
     """
 
     pooled_height: int
@@ -65,18 +69,20 @@ class SampledBins:
     begin: Array
     length: Array
     grid: Array
-    first: Array | None
+    first: Array
+    visited: Array
     limits: Array
-    samples: int
+    adaptive: bool
+
+    def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
+        return len(self.limits) * int(self.visited[rois].max()) * (max(size) + 2)
 
     def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
         begin, length, grid = self.begin[rois, :, None], self.length[rois, :, None], self.grid[rois, :, None]
-        samples = self.samples or max(size) - 1
-        runs = 1 if max(size) == samples + 1 else samples  # of samples that are taken together
+        samples = int(self.visited[rois].max())
+        runs = 1 if self.adaptive or max(size) <= samples + 1 else samples  # of samples that are taken together
         last = self.limits[:, None] - 1
-        i = np.arange(samples, dtype=begin.dtype)
-        if self.first is not None:
-            i = i + self.first[rois, :, None]
+        i = self.first[rois, :, None] + np.arange(samples, dtype=begin.dtype)
         y = begin + (i + 0.5) * length / np.maximum(grid, 1)
         valid = (y >= -1) & (y <= self.limits[:, None]) & (i < grid)
         y = np.clip(y, 0, last)
@@ -88,7 +94,7 @@ class SampledBins:
             empty = outer_or(~valid.any(axis=2), self.pooled_height)
 
         y = y.reshape(*y.shape[:2], runs, -1, 1)
-        cells = np.floor(y.min(axis=3)) + np.arange(samples // runs + 1, dtype=y.dtype)
+        cells = np.floor(y.min(axis=3)) + np.arange(max(size) // runs, dtype=y.dtype)
         hats = np.maximum(1 - np.abs(y - cells[..., None, :]), 0)
         weights = (hats * weight).sum(axis=3) if samples > runs else (hats * weight)[:, :, :, 0]
         cells = np.minimum(cells, np.minimum(np.floor(y.max(axis=3)) + 1, last[:, None]))
@@ -133,20 +139,31 @@ def sampled_bins(
         length = np.maximum(length, smallest)
     length = length / bins
     grid = np.full_like(length, sampling_ratio) if sampling_ratio > 0 else np.maximum(np.ceil(length), 0)
-    if sampling_ratio > 0:
-        sizes = np.full(length.shape, 2 * sampling_ratio)
-        if sampling_ratio > ALIKE:
-            sizes[(np.abs(length) <= grid).all(axis=1)] = sampling_ratio + 1
+    close = (np.abs(length) <= grid).all(axis=1) if sampling_ratio > ALIKE else None
     begin, length, grid = begin[:, axis] + place * length[:, axis], length[:, axis], grid[:, axis]
     if sampling_ratio > 0:
-        return SampledBins(pooled_height, sizes, begin, length, grid, None, limits, sampling_ratio)
-    step = np.where(grid > 0, length / np.maximum(grid, 1), 1)
-    step = np.maximum(step, np.finfo(step.dtype).tiny)
-    first = np.clip(np.floor((-1 - begin) / step - 1.5), 0, grid)
-    count = np.clip(np.ceil((limits - begin) / step + 1.5), 0, grid) - first
-    visited = np.stack([count[:, :pooled_height].max(axis=1), count[:, pooled_height:].max(axis=1)], axis=1)
-    sizes = rounded_up(np.maximum(visited, 1).astype(np.int64)) + 1
-    return SampledBins(pooled_height, sizes, begin, length, grid, first, limits, 0)
+        sizes = np.full((len(rois), 2), 2 * sampling_ratio)
+        if close is not None:
+            sizes[close] = np.minimum(sampling_ratio + 1, [height, width])
+        first, visited = np.zeros_like(begin), np.full(len(rois), sampling_ratio)
+    else:
+        first, sides = visited_samples(begin, length, grid, limits, pooled_height)
+        sizes = np.minimum(rounded_up(sides) + 1, [height, width])
+        visited = sides.max(axis=1)
+    return SampledBins(pooled_height, sizes, begin, length, grid, first, visited, limits, sampling_ratio <= 0)
+
+
+def visited_samples(begin: Array, length: Array, grid: Array, limits: Array, pooled_height: int) -> tuple[Array, Array]:
+    """Of adaptive sampling, whose samples are in order: the first of each line that can lie on the map, [K, lines],
+    and how many of a line's can, at most, of each side: [K, 2], at least 1. A few that cannot may be among them.
+    """
+    step = np.maximum(length / np.maximum(grid, 1), np.finfo(length.dtype).tiny)
+    low, high = (-1 - begin) / step, (limits - begin) / step
+    slack = 1.5 + 8 * np.finfo(step.dtype).eps * (np.abs(low) + np.abs(high))  # beyond the error of a sample's place
+    first = np.clip(np.floor(low - slack), 0, grid)
+    count = np.clip(np.ceil(high + slack), 0, grid) - first
+    sides = np.stack([count[:, :pooled_height].max(axis=1), count[:, pooled_height:].max(axis=1)], axis=1)
+    return first, np.maximum(sides, 1).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,9 @@ class CellBins:
         count = np.maximum(self.high - self.low, 1)
         sides = count[:, : self.pooled_height], count[:, self.pooled_height :]
         return rounded_up(np.stack([side.max(axis=1) for side in sides], axis=1))
+
+    def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
+        return self.low.shape[1] * max(size)
 
     def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
         low, high = self.low[rois, :, None], self.high[rois, :, None]
@@ -180,9 +200,10 @@ def by_sides(cells: Array, weights: Array, empty: Array | None, pooled_height: i
     return Entries(cells[rows], weights[rows], cells[columns], weights[columns], empty)
 
 
-def outer_or(lines: Array, pooled_height: int) -> Array:
+def outer_or(lines: Any, pooled_height: int) -> Array:
     """[G, pooled_height, pooled_width] of bool of [G, lines]: what holds for a bin's row or its column."""
-    return lines[:, :pooled_height, None] | lines[:, None, pooled_height:]
+    either: Array = lines[:, :pooled_height, None] | lines[:, None, pooled_height:]
+    return either
 
 
 @lru_cache(maxsize=256)
@@ -192,12 +213,8 @@ def line_constants(
     """Of each line its axis (0: y) and its place in it; the bins of each axis; of each line the map's side."""
     axis = np.array([0] * pooled_height + [1] * pooled_width)
     place = np.array([*range(pooled_height), *range(pooled_width)], dtype=dtype)
-    return (
-        axis,
-        place,
-        np.array([pooled_height, pooled_width], dtype=dtype),
-        np.array([height, width], dtype=dtype)[axis],
-    )
+    bins, sides = np.array([[pooled_height, pooled_width], [height, width]], dtype=dtype)
+    return axis, place, bins, sides[axis]
 
 
 FEW = np.array([1, *(m * 2**k for k in range(40) for m in (2, 3))])  # 1, 2, 3, 4, 6, 8, 12, 16, …

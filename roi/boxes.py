@@ -82,15 +82,15 @@ def valid_rows(rois: NDArray[Any], batch_size: int) -> NDArray[np.bool_]:
     return valid
 
 
-def check_input(input: Tensor) -> None:
+def check_input(input: Tensor, name: str = "input") -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor[N, C, H, W]; got {type(input).__name__}")
+        raise TypeError(f"{name} must be a Tensor[N, C, H, W]; got {type(input).__name__}")
     if input.dim() != 4:
-        raise ValueError(f"input must be a Tensor[N, C, H, W]; got shape {tuple(input.shape)}")
+        raise ValueError(f"{name} must be a Tensor[N, C, H, W]; got shape {tuple(input.shape)}")
     if not input.is_floating_point():
-        raise TypeError(f"input must be floating point; got {input.dtype}")
+        raise TypeError(f"{name} must be floating point; got {input.dtype}")
     if input.shape[2] < 1 or input.shape[3] < 1:
-        raise ValueError(f"input must have at least one cell; got shape {tuple(input.shape)}")
+        raise ValueError(f"{name} must have at least one cell; got shape {tuple(input.shape)}")
 
 
 def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:

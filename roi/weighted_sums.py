@@ -1,7 +1,7 @@
 """Pooling as a sparse linear map from cells to bins, and its adjoint. Both are sums of weighted rows: `embedding_bag`.
 
-Pooling sums over a table that has a row of channels for each cell; its adjoint over one that has a row for each bin, with
-the lookups sorted by cell. So every element is a sum in a fixed order, whatever the number of threads.
+Pooling sums over a table that has a row of channels for each cell; its adjoint over one that has a row for each bin,
+with the lookups sorted by cell. So every element is a sum in a fixed order, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pool(table: Tensor, grid: Grid, bins: BinWeights, output: Tensor, places: Ar
     target = output.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else output.flatten(2)
     step = max(1, VALUES_IN_CACHE // (size * channels))
     for entries_size, rois in groups(bins, slice(0, len(grid.start)), size):
-        for some in split(rois, max(1, LOOKUPS_AT_ONCE // int(size * np.prod(entries_size)))):
+        for some in split(rois, at_once(bins, rois, entries_size, size)):
             looked_up = lookups(grid, some, bins.entries(some, entries_size), table)
             for part, few in zip(split(some, step), split_bins(looked_up, step * size), strict=True):
                 sums = bag_sums(table, few).view(-1, size, channels)
@@ -72,8 +72,7 @@ def pool_at_once(table: Tensor, grid: Grid, bins: BinWeights, height: int, width
     """As `pool`, a new Tensor[K, C, height, width] in channels_last memory; None where that takes several steps."""
     count, channels, size = len(grid.start), table.shape[1], height * width
     (entries_size, rois), *others = groups(bins, slice(0, count), size)
-    lookups_each = int(np.prod(entries_size))
-    if others or count * size * max(lookups_each * VALUES_PER_LOOKUP, channels) > VALUES_AT_ONCE:
+    if others or count > at_once(bins, rois, entries_size, size) or count * size * channels > VALUES_AT_ONCE:
         return None
     sums = bag_sums(table, lookups(grid, rois, bins.entries(rois, entries_size), table))
     return sums.view(count, height, width, channels).permute(0, 3, 1, 2)
@@ -105,14 +104,18 @@ def part_adjoint(terms: Tensor, grid: Grid, part: slice, bins: BinWeights, size:
     cells, weights, sources = [], [], []
     own = torch.arange(len(terms), dtype=torch.int32, device=terms.device).view(-1, size)
     for entries_size, rois in groups(bins, part, size):
-        cell, weight, empty = lookups(grid, rois, bins.entries(rois, entries_size), terms)
-        source = own if isinstance(rois, slice) else own[torch.from_numpy(rois - part.start).to(own.device)]
-        source = source.view(-1, 1).expand_as(cell)
-        if empty is not None:  # no gradient from there, not even NaN
-            cell, weight, source = cell[~empty], weight[~empty], source[~empty]
-        cells.append(cell.flatten())
-        weights.append(weight.flatten())
-        sources.append(source.flatten())
+        for some in split(rois, at_once(bins, rois, entries_size, size)):
+            cell, weight, empty = lookups(grid, some, bins.entries(some, entries_size), terms)
+            if isinstance(some, slice):
+                source = own[some.start - part.start : some.stop - part.start]
+            else:
+                source = own[torch.from_numpy(some - part.start).to(own.device)]
+            source = source.reshape(-1, 1).expand_as(cell)
+            if empty is not None:  # no gradient from there, not even NaN
+                cell, weight, source = cell[~empty], weight[~empty], source[~empty]
+            cells.append(cell.flatten())
+            weights.append(weight.flatten())
+            sources.append(source.flatten())
     cell, weight, source = (x[0] if len(x) == 1 else torch.cat(x) for x in (cells, weights, sources))
     order = cell.argsort(stable=True)
     offsets = source.new_zeros(grid.rows + 1)
@@ -174,6 +177,12 @@ def groups(bins: BinWeights, part: slice, size: int) -> list[tuple[tuple[int, in
     if padding <= LOOKUPS_PER_GROUP * (len(kinds) - 1):
         return [((rows, columns), part)]
     return [(divmod(kind, 2**31), np.flatnonzero(key == kind) + part.start) for kind in kinds]
+
+
+def at_once(bins: BinWeights, rois: Rows, entries_size: tuple[int, int], size: int) -> int:
+    """How many of some RoIs, of one group, to work out the lookups of together."""
+    rows, columns = entries_size
+    return max(1, LOOKUPS_AT_ONCE // max(size * rows * columns, bins.numbers(rois, entries_size)))
 
 
 def split(rois: Rows, step: int) -> Iterator[Rows]:
