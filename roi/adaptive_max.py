@@ -26,7 +26,7 @@ def roi_pool(
     height, width = input.shape[2:]
     cells = torch.arange(height * width, device=input.device).view(height, width)
     output = empty_pooled(input, len(windows), pooled_height, pooled_width)
-    argmax = empty_argmax(input, output, with_argmax, argmax_format(output))
+    argmax = empty_argmax(input, output, with_argmax, argmax_format(input))
     for k, (image, y, x, h, w) in enumerate(windows.tolist()):
         rows = clipped_side(y, h, pooled_height, height)
         columns = clipped_side(x, w, pooled_width, width)

@@ -41,9 +41,9 @@ def empty_gradient(grad: Tensor, shape: Sequence[int], channels_last: bool) -> T
     return torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=format_of(channels_last))
 
 
-def argmax_format(output: Tensor) -> torch.memory_format:
-    """Of the argmax that goes with `output`: on the CPU the one that the gradient is fastest with."""
-    return torch.channels_last if output.device.type == "cpu" else memory_format(output)
+def argmax_format(input: Tensor) -> torch.memory_format:
+    """Of the argmax: that of the input, as kernels write it; on the CPU the one that the gradient is fastest with."""
+    return torch.channels_last if input.device.type == "cpu" else memory_format(input)
 
 
 def empty_argmax(input: Tensor, output: Tensor, with_argmax: bool, layout: torch.memory_format) -> Tensor:

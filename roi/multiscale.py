@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from roi import backend as backends
 from roi.align import sampling_count
 from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
-from roi.layout import empty_gradient, empty_pooled, empty_pyramid_argmax, memory_format
+from roi.layout import argmax_format, empty_gradient, empty_pooled, empty_pyramid_argmax, memory_format
 from roi.operators import check_rois, register
 from roi.torch_multiscale_pool import multiscale_roi_pool_gather
 
@@ -402,7 +402,7 @@ def _fake_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     output = empty_pooled(features[0], rois.shape[0], height, width)
-    return output, empty_pyramid_argmax(features, output, with_argmax)
+    return output, empty_pyramid_argmax(features, output, with_argmax, argmax_format(features[0]))
 
 
 def _save_for_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

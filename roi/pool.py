@@ -116,7 +116,7 @@ def _fake_roi_pool(
     input: Tensor, rois: Tensor, scale: float, height: int, width: int, with_argmax: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     output = empty_pooled(input, rois.shape[0], height, width)
-    return output, empty_argmax(input, output, with_argmax, argmax_format(output))
+    return output, empty_argmax(input, output, with_argmax, argmax_format(input))
 
 
 def _fake_roi_pool_backward(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roi.layout import empty_pooled, empty_pyramid_argmax, format_of
+from roi.layout import argmax_format, empty_pooled, empty_pyramid_argmax, format_of
 from roi.levels import map_levels
 from roi.torch_path import roi_pool, roi_pool_backward, roi_pool_gather
 
@@ -35,7 +35,7 @@ def multiscale_roi_pool(
         argmax: the same shape, integer: cells of the RoI's own level; Tensor[0] where it was not asked for.
     """
     output = empty_pooled(features[0], len(rois), pooled_height, pooled_width)
-    argmax = empty_pyramid_argmax(features, output, with_argmax)
+    argmax = empty_pyramid_argmax(features, output, with_argmax, argmax_format(features[0]))
     level = map_levels(rois, scales, canonical_scale, canonical_level)
     for index, (map_, scale) in enumerate(zip(features, scales, strict=True)):
         own = (level == index).nonzero().flatten()

@@ -39,7 +39,7 @@ def roi_pool(
     windows = roi_windows(boxes, spatial_scale)
     if input.numel() == 0 or len(rois) == 0:  # with no image, no row is valid
         output = empty_pooled(input, len(rois), pooled_height, pooled_width).fill_(torch.nan)
-        return output, empty_argmax(input, output, with_argmax, argmax_format(output)).fill_(-1)
+        return output, empty_argmax(input, output, with_argmax, argmax_format(input)).fill_(-1)
     bins = Bins.of(windows, pooled_height, pooled_width, *input.shape[2:])
     if sparse_max.serves(input, with_argmax) and not few(bins, input):
         output, argmax = sparse_max.roi_pool(input, bins, with_argmax)

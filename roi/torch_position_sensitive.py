@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,10 +82,10 @@ def cell_bins(spatial_scale: float) -> BinsOf:
     """Bins of whole cells. A RoI ends before the cell of its second corner, the map before its last row and column."""
 
     def bins_of(boxes: Array, pooled_height: int, pooled_width: int, height: int, width: int) -> BinWeights:
-        _, y, x, h, w = roi_windows(torch.from_numpy(boxes), spatial_scale).unbind(1)
-        rows = bin_edges(y, (h - 1).clamp(min=1), pooled_height, height - 1)
-        columns = bin_edges(x, (w - 1).clamp(min=1), pooled_width, width - 1)
-        low, high = (torch.cat(edges, dim=1).numpy() for edges in zip(rows, columns, strict=True))
+        _, y, x, h, w = roi_windows(boxes, spatial_scale).T
+        rows = bin_edges(y, np.maximum(h - 1, 1), pooled_height, height - 1)
+        columns = bin_edges(x, np.maximum(w - 1, 1), pooled_width, width - 1)
+        low, high = (np.concatenate(edges, axis=1) for edges in zip(rows, columns, strict=True))
         return CellBins(pooled_height, low, high)
 
     return bins_of

@@ -68,7 +68,7 @@ def multiscale_roi_pool(
     rois = rois.contiguous()
     output = empty_pooled(features[0], len(rois), pooled_height, pooled_width)
     largest = max(features, key=lambda x: x.shape[2] * x.shape[3])
-    argmax = empty_argmax(largest, output, with_argmax, memory_format(output))
+    argmax = empty_argmax(largest, output, with_argmax, memory_format(features[0]))
     if output.numel() == 0:
         return output, argmax
 
