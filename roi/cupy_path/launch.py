@@ -204,7 +204,7 @@ def per_cell(
         if rest + slot <= SHARED_BYTES or rows == columns == 1:
             break
         # A smaller patch for very many bins.
-        if channels_last or rows * pooled_height > columns * pooled_width:
+        if channels_last or across == 1 or (down > 1 and rows * pooled_height > columns * pooled_width):
             down //= 2
         else:
             across //= 2
