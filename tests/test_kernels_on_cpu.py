@@ -304,3 +304,56 @@ def test_agrees_with_torchvision_on_ordinary_boxes(size, scale, layout):
     rois = ordinary_boxes(60, 2, 19 / scale, 23 / scale, seed=5).float()
     expected = ops.roi_pool(input, rois, size, scale)
     assert same_bits(cupy_path.roi_pool(input.to(memory_format=layout), rois, scale, *size, False)[0], expected)
+
+
+# --- Pyramids
+
+SIZES, SCALES, CANONICAL = [(16, 20), (8, 10), (4, 5)], [1 / 4, 1 / 8, 1 / 16], (32.0, 3.0)
+
+
+def expected_of_levels(inputs: list[Tensor], rois: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, argmax and the level of each box."""
+    arrays = rois.numpy()
+    level = torch.tensor([reference.level_of(box, SCALES, CANONICAL) for box in arrays])
+    pooled = [expected_pool(x, rois, scale, size) for x, scale in zip(inputs, SCALES, strict=True)]
+    k = torch.arange(len(rois))
+    return torch.stack([x for x, _ in pooled])[level, k], torch.stack([x for _, x in pooled])[level, k], level
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
+def test_levels_in_one_launch(ordered, dtype, coordinates, layout, request, on_cpu):
+    if ordered:
+        request.getfixturevalue("deterministic")
+    shapes = [(2, 8, *size) for size in SIZES]
+    inputs = [features(shape, dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    rois = torch.cat([hostile_boxes(2, 64, 80), ordinary_boxes(30, 2, 64, 80)]).to(coordinates)
+    expected, positions, level = expected_of_levels(inputs, rois, (3, 2))
+    assert set(level.tolist()) == {0, 1, 2}
+
+    maps = [x.contiguous(memory_format=layout) for x in inputs]
+    output, argmax = cupy_path.multiscale_roi_pool(maps, rois, SCALES, *CANONICAL, 3, 2, True)
+    assert same_bits(output, expected)
+    assert output.is_contiguous(memory_format=layout)
+    assert torch.equal(argmax.long(), positions)
+
+    grad = torch.randint(-1, 2, argmax.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    sizes = ([height for height, _ in SIZES], [width for _, width in SIZES])
+    options = (SCALES, *CANONICAL, 2, 8, *sizes, layout is torch.channels_last)
+    gradients = cupy_path.multiscale_roi_pool_backward(grad, rois, argmax, *options)
+    assert len(on_cpu.launched) == 2
+    for i, (actual, shape) in enumerate(zip(gradients, shapes, strict=True)):
+        mine = level == i
+        arrays = (x[mine].numpy() for x in (grad.double(), rois, positions))
+        assert torch.equal(actual.double(), torch.from_numpy(reference.roi_pool_backward(*arrays, shape)))
+        assert actual.is_contiguous(memory_format=layout)
+
+
+def test_boxes_without_an_area_belong_to_the_finest_level():
+    """One that is reversed along one axis, torchvision puts on no level."""
+    inputs = [torch.full((1, 1, *size), float(level)) for level, size in enumerate(SIZES)]
+    rois = torch.tensor([[0, 40.0, 8, 8, 40], [0, 8.0, 8, 8, 60], [0, 0.0, 0, 0, 0], [0, 0.0, 0, 70, 60]])
+    output, _ = cupy_path.multiscale_roi_pool(inputs, rois, SCALES, *CANONICAL, 1, 1, False)
+    assert output.flatten().tolist() == [0, 0, 0, 2]
