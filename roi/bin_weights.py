@@ -157,7 +157,9 @@ def visited_samples(begin: Array, length: Array, grid: Array, limits: Array, poo
     """Of adaptive sampling, whose samples are in order: the first of each line that can lie on the map, [K, lines],
     and how many of a line's can, at most, of each side: [K, 2], at least 1. A few that cannot may be among them.
     """
-    step = np.maximum(length / np.maximum(grid, 1), np.finfo(length.dtype).tiny)
+    step = np.maximum(
+        length / np.maximum(grid, 1), 0.25
+    )  # where a bin has several, they are half a cell to a cell apart
     low, high = (-1 - begin) / step, (limits - begin) / step
     slack = 1.5 + 8 * np.finfo(step.dtype).eps * (np.abs(low) + np.abs(high))  # beyond the error of a sample's place
     first = np.clip(np.floor(low - slack), 0, grid)
@@ -181,7 +183,7 @@ class CellBins:
         return rounded_up(np.stack([side.max(axis=1) for side in sides], axis=1))
 
     def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
-        return self.low.shape[1] * max(size)
+        return int(self.low.shape[1]) * max(size)
 
     def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
         low, high = self.low[rois, :, None], self.high[rois, :, None]

@@ -160,7 +160,7 @@ def outer(combine: Callable[[Tensor, Tensor], Tensor], rows: Tensor, columns: Te
     (count, height, e), (_, width, f) = rows.shape, columns.shape
     rows = rows[..., None].expand(-1, -1, -1, f).reshape(count, height, 1, e * f)
     columns = columns[:, :, None].expand(-1, -1, e, -1).reshape(count, 1, width, e * f)
-    return combine(rows, columns).view(-1, e * f)
+    return combine(rows, columns).reshape(-1, e * f)
 
 
 def groups(bins: BinWeights, part: slice, size: int) -> list[tuple[tuple[int, int], Rows]]:
