@@ -108,6 +108,6 @@ def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
 def check_scale(spatial_scale: float) -> float:
     """`spatial_scale` as a float: cells of the map per unit of the boxes, finite and positive."""
     scale = float(spatial_scale)
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         raise ValueError(f"spatial_scale must be finite and positive; got {spatial_scale!r}")
     return scale

@@ -251,8 +251,7 @@ def checked_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float])
     scales = [check_scale(scale) for scale in spatial_scales]
     if len(scales) != len(features):
         raise ValueError(f"spatial_scales must have one scale per level; got {len(scales)} for {len(features)}")
-    powers = [math.log2(scale) for scale in scales]
-    if any(power != round(powers[0]) - level for level, power in enumerate(powers)):
+    if math.log2(scales[0]) % 1 or any(scale != scales[0] / 2**level for level, scale in enumerate(scales)):
         raise ValueError(f"spatial_scales must be powers of two, each half of the one before; got {spatial_scales}")
     layout = memory_format(first)
     return [map_.contiguous(memory_format=layout) for map_ in features], scales

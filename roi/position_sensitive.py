@@ -31,7 +31,7 @@ def ps_roi_pool(
     the map without its last row and column, as in R-FCN's code and torchvision. An empty bin is 0.
 
     torchvision computes the bins in the dtype of the features, so that at a few sizes one of them is a row or a column
-    too large.
+    too large; and its gradient is that of bins that have the last row and column.
 
     Args:
         input: Tensor[N, C·height·width, H, W], floating point.

@@ -109,7 +109,7 @@ def means(input: Tensor, rois: Tensor, pooled_height: int, pooled_width: int, bi
     bins = bins_of(boxes, pooled_height, pooled_width, height, width)
     count, channels = pooled_height * pooled_width, output.shape[1]
     maps = input.reshape(batch, channels, count, height, width).permute(0, 3, 4, 2, 1)
-    table = maps.to(torch.promote_types(input.dtype, torch.float32)).reshape(-1, channels)
+    table = maps.to(torch.promote_types(input.dtype, torch.float32)).contiguous().view(-1, channels)
     pool(table, grid_of_bins(boxes, batch, height, width, count), bins, output)
     if invalid is not None:
         output[invalid] = torch.nan

@@ -92,7 +92,7 @@ def pool_adjoint(grad: Tensor, grid: Grid, bins: BinWeights, dtype: torch.dtype)
     ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(part)]
     total: Tensor | None = None
     for begin, end in zip([0, *ends], ends, strict=False):
-        terms = grad[begin:end].permute(0, 2, 3, 1).to(dtype).reshape(-1, channels)
+        terms = grad[begin:end].permute(0, 2, 3, 1).to(dtype).contiguous().view(-1, channels)
         sums = part_adjoint(terms, grid, slice(begin, end), bins, size)
         total = sums if total is None else total.add_(sums)
     assert total is not None

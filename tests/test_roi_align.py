@@ -174,9 +174,9 @@ def test_ways_and_chunks_of_any_size_give_the_same(
     input = torch.randn(3, 6, 40, 50, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     rois = torch.cat([around(count, 3, 4, 40, 50), tiny(count, 3, 4, 40, 50), huge(count, 3, 4, 40, 50)])
     outcomes = []
-    limits = ((), (1,), (37,), (1000,), (2**20,))
+    limits = ((), (1000,), (2**20,)) if count > 3 else ((), (1,), (37,), (2**20,))
     for limit in limits:
-        for crops in (0, 64, 10**9):  # crops for every RoI wherever they fit, by default, never
+        for crops in (0, 10**9):  # crops wherever they fit, never
             for value in limit:
                 for name in ("LOOKUPS_AT_ONCE", "VALUES_AT_ONCE", "VALUES_IN_CACHE", "LOOKUPS_PER_GROUP"):
                     monkeypatch.setattr(weighted_sums, name, value)
