@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpn.fuse import FusedConv2d, fuse
 from fpn.norm import NormLayer, resolve_norm_layer
 from fpn.resnet import ResNet, build
 from fpn.weights import Report, freeze, load_weights
@@ -173,12 +174,30 @@ class FPN(nn.Module):
             TypeError, ValueError: `images` is not what `bottom_up` takes, or its maps are not those announced.
         """
         maps = self._bottom_up_maps(images)
-        laterals = [lateral(c) for lateral, c in zip(self.lateral, reversed(maps), strict=True)]
-        merged = laterals[:1]
-        for lateral in laterals[1:]:
-            merged.append(lateral + F.interpolate(merged[-1], lateral.shape[-2:], **UPSAMPLE[self.upsample]))
+        (top, c5), *finer = zip(self.lateral, reversed(maps), strict=True)
+        merged = [top(c5)]
+        for lateral, c in finer:
+            upsampled = F.interpolate(merged[-1], c.shape[-2:], **UPSAMPLE[self.upsample])
+            merged.append(add_lateral(upsampled, lateral, c))
         levels = [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
         return (*reversed(levels), *self.extra(maps[-1], levels[0]))
+
+    def fuse(self) -> FPN:
+        """The inference form: the same outputs, within rounding, in less time and memory.
+
+        Batch norm, plain or frozen, of a trunk of `fpn.resnet` and of the neck is folded into the convolutions. All
+        weights, and with them every map from the first convolution to the levels, are in channels_last memory, in
+        which the RoI operators read them without a copy. A trunk of another library keeps its layers; its weights
+        change their layout. On the CPU a ReLU that follows a convolution gives 0 for NaN.
+
+        Returns:
+            A new model in eval mode that takes no gradient for its weights; this one is as it was, and it is this
+            one whose checkpoints are loaded and saved: `model = FPN50(weights=path).eval().fuse()`.
+
+        Raises:
+            ValueError: the model, or a batch norm in it, is in training mode.
+        """
+        return fuse(self)
 
     def _bottom_up_maps(self, images: Tensor) -> list[Tensor]:
         output = self.bottom_up(images)
@@ -191,6 +210,13 @@ class FPN(nn.Module):
         if channels != self.in_channels:
             raise ValueError(f"bottom_up must return maps of {self.in_channels} channels; got {channels}")
         return maps
+
+
+def add_lateral(upsampled: Tensor, lateral: nn.Module, c: Tensor) -> Tensor:
+    """lateral(c) + upsampled, in the memory of `upsampled`, which nobody else reads."""
+    if isinstance(lateral, FusedConv2d):
+        return cast(Tensor, lateral(c, upsampled))
+    return upsampled.add_(lateral(c))
 
 
 def make_conv(

@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
         channels: int,
         stride: int,
         dilation: int,
-        downsample: nn.Module | None,
+        downsample: nn.Sequential | None,
         options: BlockOptions,
     ) -> None:
         super().__init__()
@@ -64,8 +64,9 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     @property
-    def last_norm(self) -> nn.Module:
-        return self.bn2
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """The convolutions on the way, each with its norm."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -90,7 +91,7 @@ class Bottleneck(nn.Module):
         channels: int,
         stride: int,
         dilation: int,
-        downsample: nn.Module | None,
+        downsample: nn.Sequential | None,
         options: BlockOptions,
     ) -> None:
         super().__init__()
@@ -106,8 +107,9 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
 
     @property
-    def last_norm(self) -> nn.Module:
-        return self.bn3
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """The convolutions on the way, each with its norm."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -149,6 +151,9 @@ class ResNet(nn.Module):
         ValueError: an option does not fit the block, or a list has the wrong length.
     """
 
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
     layer1: nn.Sequential
     layer2: nn.Sequential
     layer3: nn.Sequential
@@ -219,7 +224,8 @@ class ResNet(nn.Module):
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, BasicBlock | Bottleneck):
-                    nn.init.zeros_(cast(Tensor, module.last_norm.weight))
+                    _, last_norm = module.layers[-1]
+                    nn.init.zeros_(cast(Tensor, last_norm.weight))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps of the stages.
