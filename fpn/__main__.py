@@ -58,8 +58,9 @@ from the photo: with none, activations grow from block to block, and the top of 
 drowns the fine levels. Nothing is downloaded unless --weights names ImageNet weights."""
 
 EPILOG = """\
-example:
-  python -m fpn street.jpg --model FPN101 --boxes 40,60,380,420 500,120,610,300 --out street"""
+examples:
+  python -m fpn street.jpg --model FPN101 --boxes 40,60,380,420 500,120,610,300 --out street
+  python -m fpn --model FPN50 --weights DEFAULT --export fpn50.onnx"""
 
 
 class DemoError(Exception):
@@ -127,6 +128,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, default="fpn-demo", metavar="DIR", help="folder for both files (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the model as ONNX, for any batch and image size, instead of running it on a photo",
+    )
     # argparse takes -5,0,9,9 for an option, but no word with a space in it.
     return parser.parse_args([f" {word}" if re.match(r"-[\d.]+,", word) else word for word in arguments])
 
@@ -145,12 +152,17 @@ def parse_box(text: str) -> Box:
 
 def run(options: argparse.Namespace) -> None:
     """The whole command, from options to files."""
+    if options.export is not None:
+        export(options)
+        return
     photo = read_photo(options.photo)
     boxes = options.boxes or (DEFAULT_PHOTO_BOXES if options.photo is None else nested_boxes(photo.size))
     check_boxes(boxes, photo.size)
     device = check_device(options.device)
     print(f"photo  {photo.name}, {by(photo.size)} pixels, resized to {by(photo.image.size)}", flush=True)
     model, weights = load_model(options.model, options.weights)
+    if options.weights is None:
+        weights += ", batch norm statistics of this photo"
     print(f"model  {options.model} on {device}; {weights}", flush=True)
 
     with output_files(options.out, (PICTURE, FEATURES)) as (picture, features):
@@ -161,6 +173,23 @@ def run(options: argparse.Namespace) -> None:
         )
     print_tables(result)
     print(f"wrote {options.out / PICTURE} ({by(picture_size)} pixels) and {options.out / FEATURES}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """`--export`, from options to the file."""
+    from fpn.export import export_onnx
+
+    if options.photo is not None or options.boxes:
+        raise DemoError("--export takes no photo and no boxes")
+    model, weights = load_model(options.model, options.weights)
+    print(f"model  {options.model}; {weights}", flush=True)
+    path: Path = options.export
+    with output_files(path.parent, [path.name]) as (unfinished,):
+        try:
+            export_onnx(model, unfinished)
+        except (ImportError, RuntimeError) as error:
+            raise DemoError(f"--export: {error}") from error
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.0f} MB)")
 
 
 def read_photo(path: str | None) -> Photo:
@@ -206,7 +235,7 @@ def load_model(name: str, weights: str | None) -> tuple[fpn.FPN, str]:
     except (ValueError, OSError) as error:
         raise DemoError(f"--weights: {error}") from error
     if weights is None:
-        return model, f"random weights (seed {SEED}), batch norm statistics of this photo"
+        return model, f"random weights (seed {SEED})"
     # A checkpoint of the trunk alone leaves the rest as it was initialised.
     initial = build_seeded(name, None)
     pairs = zip(pyramid_weights(model), pyramid_weights(initial), strict=True)

@@ -201,7 +201,7 @@ class FPN(nn.Module):
 
     def _bottom_up_maps(self, images: Tensor) -> list[Tensor]:
         output = self.bottom_up(images)
-        if isinstance(output, Tensor) or not isinstance(output, Mapping | Sequence):
+        if isinstance(output, Tensor) or not isinstance(output, (Mapping, Sequence)):  # torch 2.6 compiles no `|` here
             raise TypeError(
                 f"bottom_up must return a sequence or a dict of feature maps, finest first; got {type(output).__name__}"
             )

@@ -200,7 +200,7 @@ def test_help_needs_no_libraries(tmp_path: Path) -> None:
     stdout, _ = help_.communicate()
     assert help_.returncode == 0
     assert all(option in stdout for option in ("PHOTO", "--model", "--weights", "--boxes", "--out", "--device"))
-    assert "example:\n  python -m fpn street.jpg" in stdout
+    assert "examples:\n  python -m fpn street.jpg" in stdout
     _, stderr = run.communicate()
     assert run.returncode == 2
     assert_one_line_error(stderr, "pip install 'fpn-roi[demo]'")
