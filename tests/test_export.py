@@ -29,7 +29,9 @@ FORMS = pytest.mark.parametrize("fused", [False, True], ids=["model", "fused"])
 EVERY_MODEL = pytest.mark.parametrize("options", OPTIONS)
 
 version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-open_sizes = pytest.mark.skipif(version < (2, 13), reason="in torch 2.6 max pooling ties a graph to odd or even sizes; 2.13 is free")
+open_sizes = pytest.mark.skipif(
+    version < (2, 13), reason="in torch 2.6 max pooling ties a graph to odd or even sizes; 2.13 is free"
+)
 
 
 def small_fpn(options: str, fused: bool) -> FPN:
