@@ -4,11 +4,12 @@
 //   rois    (K, 5)                  Coord: float or double; batch index, x1, y1, x2, y2 in the units of the image
 //   output  (K, C, PH, PW)          T, in the memory format of the input
 //
-// Bin b of channel c is the mean of channel c * PH * PW + b over the bin's cells. A box ends before the cell of its second
-// corner, and the map before its last row and column. An empty bin is 0. A box that image_of() rejects is NaN throughout and
-// takes no gradient. Nothing outside the tensors is accessed for any content of `rois`.
+// Bin b of channel c is the mean of channel c * PH * PW + b over the bin's cells. A box ends before the cell of its
+// second corner, and the map before its last row and column. An empty bin is 0. A box that image_of() rejects is NaN
+// throughout and takes no gradient. Nothing outside the tensors is accessed for any content of `rois`.
 //
-// Limits that the launch checks: those of roi_pool.cu, for the channels of the input. The map is the only one of a pyramid.
+// Limits that the launch checks: those of roi_pool.cu, for the channels of the input. The map is the only one of a
+// pyramid.
 
 #include "roi_bins.cuh"
 #include "roi_common.cuh"
@@ -29,8 +30,8 @@ template <typename Number> __device__ __forceinline__ Number area(Range rows, Ra
     return static_cast<Number>(rows.end - rows.begin) * static_cast<Number>(columns.end - columns.begin);
 }
 
-// A block serves one box (blockIdx.x); blockIdx.y splits the box's items. Layout has one channel. Dynamic shared memory: see
-// share_bins().
+// A block serves one box (blockIdx.x); blockIdx.y splits the box's items. Layout has one channel. Dynamic shared
+// memory: see share_bins().
 template <typename T, typename Coord, typename Layout>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
 ps_roi_pool(const __grid_constant__ Levels<const T, Coord> map, const Coord* __restrict__ rois, T* __restrict__ output,
@@ -124,7 +125,7 @@ template <typename T, typename Coord, bool ChannelsLast> struct AverageGather {
     __device__ Extent axis(Coord low, Coord high, Coord scale, int) const {
         return extent_of(low, high, scale, kWithoutEnd);
     }
-    __device__ bool overlaps(Extent extent, int, Range patch, int) const { return roi::overlaps(extent, patch); }
+    __device__ bool overlaps(Extent extent, int, Range patch) const { return roi::overlaps(extent, patch); }
     __device__ Range cover(Extent extent, int cell, int cells, int bins, Number* weights) const {
         const int pooled = pooled_cells(cells);
         if (cell >= pooled) return {0, 0};

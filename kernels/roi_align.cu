@@ -1,14 +1,14 @@
 // RoIAlign and its position-sensitive form, forward and backward.
 //
-//   inputs  (N, C, H, W)     T: float, double, __half or __nv_bfloat16; contiguous or channels_last; a map for each level
+//   inputs  (N, C, H, W)     T: float, double, __half or __nv_bfloat16; contiguous or channels_last; one for each level
 //   rois    (K, 5)           Coord: float or double; batch index, x1, y1, x2, y2 in the units of the image
 //   output  (K, C', PH, PW)  T, in the memory format of the inputs
 //
 // C' = C; or C = C' * PH * PW where PositionSensitive, and bin b of channel c is made of channel c * PH * PW + b.
 //
 // A bin is the mean over regularly spaced samples, those off the map counting as 0, and 0 where it has none; see
-// roi_bilinear.cuh. A cell that has no weight is not read. A box that image_of() rejects is NaN throughout and takes no gradient. Nothing outside the tensors is
-// accessed, and nothing off the map is looked at, for any content of `rois`.
+// roi_bilinear.cuh. A cell that has no weight is not read. A box that image_of() rejects is NaN throughout and takes no
+// gradient. Nothing outside the tensors is accessed, and nothing off the map is looked at, for any content of `rois`.
 //
 // Limits that the launch checks: H, W from 1 to 2^30, C * PH * PW at most 2^30, N * C below 2^31, and that the taps fit
 // shared memory. Within them only addresses need 64 bits.
@@ -31,8 +31,8 @@ template <bool PositionSensitive> __device__ __forceinline__ int input_channel(I
     return PositionSensitive ? item.channel * static_cast<int>(bins) + static_cast<int>(item.bin) : item.channel;
 }
 
-// A block serves one box (blockIdx.x); blockIdx.y splits the box's items. `channels` are C', here and below. Dynamic shared
-// memory: see share_taps().
+// A block serves one box (blockIdx.x); blockIdx.y splits the box's items. `channels` are C', here and below. Dynamic
+// shared memory: see share_taps().
 template <typename T, typename Coord, typename Layout, bool PositionSensitive>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
 roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __restrict__ rois, T* __restrict__ output,
@@ -40,7 +40,7 @@ roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __
           int capacity) {
     using Number = Compute<T>;
     constexpr int kChannels = Layout::kChannels;
-    static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin are not neighbours in the input");
+    static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin lie apart in the input");
     const long long row = blockIdx.x;
     const Coord* const box = rois + row * kBoxSize;
     const int image = image_of(box, batch_size);
@@ -88,8 +88,8 @@ roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __
     }
 }
 
-// By atomic additions, in an order that differs from run to run, one for each tap. `grad` (K, C', PH, PW) shares its memory
-// format with `grad_inputs` (N, C, H, W), which hold zeros on entry. Work is split as in the forward pass.
+// By atomic additions, in an order that differs from run to run, one for each tap. `grad` (K, C', PH, PW) shares its
+// memory format with `grad_inputs` (N, C, H, W), which hold zeros on entry. Work is split as in the forward pass.
 template <typename T, typename Coord, typename Layout, bool PositionSensitive>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
 roi_align_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad_inputs, const T* __restrict__ grad,
@@ -97,7 +97,7 @@ roi_align_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad
                           int pooled_width, int sampling_ratio, int aligned, int capacity) {
     using Number = Compute<T>;
     constexpr int kChannels = Layout::kChannels;
-    static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin are not neighbours in the input");
+    static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin lie apart in the input");
     const long long row = blockIdx.x;
     const Coord* const box = rois + row * kBoxSize;
     const int image = image_of(box, batch_size);
@@ -154,7 +154,7 @@ template <typename T, typename Coord, bool ChannelsLast, bool PositionSensitive>
     __device__ Axis axis(Coord low, Coord high, Coord scale, int bins) const {
         return sampling_of(low, high, scale, bins, sampling_ratio, aligned);
     }
-    __device__ bool overlaps(Axis axis, int bins, Range patch, int) const { return roi::overlaps(axis, bins, patch); }
+    __device__ bool overlaps(Axis axis, int bins, Range patch) const { return roi::overlaps(axis, bins, patch); }
     __device__ Range cover(Axis axis, int cell, int cells, int bins, Number* weights) const {
         const Range near = bins_near(axis, cell, bins);
         Range covering = {near.end, near.begin};

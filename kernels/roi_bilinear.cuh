@@ -1,7 +1,7 @@
 // The geometry of RoIAlign: bins of regularly spaced samples, each interpolated between the four nearest cells.
 //
-// Which samples count and what a sample weighs are products of an answer for its row and one for its column. So a bin is a
-// weighted sum over a few rows of the map times a few columns: its taps. Samples that share a cell share a tap.
+// Which samples count and what a sample weighs are products of an answer for its row and one for its column. So a bin
+// is a weighted sum over a few rows of the map times a few columns: its taps. Samples that share a cell share a tap.
 
 #pragma once
 
@@ -96,8 +96,8 @@ template <typename Number> struct TapsHeader {
     int used;
 };
 
-// Adds to the taps [begin, end) of a bin, which are at most `limit`. Samples are walked in order, so that only the last two
-// taps can be of the same cell.
+// Adds to the taps [begin, end) of a bin, which are at most `limit`. Samples are walked in order, so that only the last
+// two taps can be of the same cell.
 template <typename Number>
 __device__ __forceinline__ int add_tap(Tap<Number>* taps, Range used, int limit, int cell, Number weight) {
     if (weight == 0) return used.end;
@@ -124,9 +124,9 @@ __device__ __forceinline__ int most_taps(Sampling<Coord> axis, int bin, Range sa
 
 // Fills the dynamic shared memory: a TapsHeader, PH + PW ranges, then `capacity` taps. Ends with a barrier.
 //
-// Neighbouring bins share two cells, so that min(2 * samples, cells + 2) taps for each bin, and cells + 2 * bins for all of
-// an axis, are enough. Only where Coord cannot tell neighbouring samples apart, millions of cells off the map, may bins
-// overlap by more; what does not fit is then dropped.
+// Neighbouring bins share two cells, so that min(2 * samples, cells + 2) taps for each bin, and cells + 2 * bins for
+// all of an axis, are enough. Only where Coord cannot tell neighbouring samples apart, millions of cells off the map,
+// may bins overlap by more; what does not fit is then dropped.
 template <typename Number, typename Coord>
 __device__ __forceinline__ Taps<Number> share_taps(const Coord* box, Coord scale, int height, int width,
                                                    int pooled_height, int pooled_width, int sampling_ratio, int aligned,

@@ -1,5 +1,5 @@
-// The integer geometry of RoI pooling: a box covers whole cells, and its bins are cut by integer arithmetic before they are
-// clipped to the map, so that the result does not depend on how a float division rounds.
+// The integer geometry of RoI pooling: a box covers whole cells, and its bins are cut by integer arithmetic before they
+// are clipped to the map, so that the result does not depend on how a float division rounds.
 
 #pragma once
 
@@ -25,7 +25,8 @@ template <typename Coord> __device__ __forceinline__ int to_cell(Coord coordinat
     return static_cast<int>(fmin(fmax(round_half_away(coordinate * scale), -limit), limit));
 }
 
-// From the cell of `low` to that of `high`, with it where `inclusive` is 1, without it where that is 0; at least one cell.
+// From the cell of `low` to that of `high`, with it where `inclusive` is 1, without it where that is 0; at least one
+// cell.
 template <typename Coord>
 __device__ __forceinline__ Extent extent_of(Coord low, Coord high, Coord scale, int inclusive) {
     const int first = to_cell(low, scale);
@@ -48,8 +49,8 @@ __device__ __forceinline__ Range bin_cells(Extent extent, int bin, int bins, int
     return {clip(static_cast<int>(start + begin), cells), clip(static_cast<int>(start + end), cells)};
 }
 
-// The cells of a box's bins in dynamic shared memory: PH rows, then PW columns. The block's threads share the divisions;
-// ends with a barrier.
+// The cells of a box's bins in dynamic shared memory: PH rows, then PW columns. The block's threads share the
+// divisions; ends with a barrier.
 template <typename Coord>
 __device__ __forceinline__ const Range* share_bins(const Coord* box, Coord scale, int inclusive, int height, int width,
                                                    int pooled_height, int pooled_width) {
@@ -68,7 +69,8 @@ __device__ __forceinline__ bool overlaps(Extent extent, Range cells) {
     return extent.start < cells.end && static_cast<long long>(extent.start) + extent.size > cells.begin;
 }
 
-// floor(numerator / denominator), from an estimate that is off by little: the correction is exact and needs no division.
+// floor(numerator / denominator), from an estimate that is off by little: the correction is exact and needs no
+// division.
 __device__ __forceinline__ unsigned floor_divide(unsigned long long numerator, unsigned denominator, float estimate) {
     unsigned quotient = static_cast<unsigned>(estimate);
     while (static_cast<unsigned long long>(quotient) * denominator > numerator) --quotient;

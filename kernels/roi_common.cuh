@@ -1,7 +1,7 @@
 // What the RoI kernels share: number types, vector accesses, atomics, and the reading of a box's batch index.
 //
-// Compiled by NVRTC (through CuPy), by nvcc, and by g++ for the tests. CuPy always adds -ftz=true; what must be exact for
-// subnormal numbers therefore avoids float arithmetic and the comparison operators on float.
+// Compiled by NVRTC (through CuPy), by nvcc, and by g++ for the tests. CuPy always adds -ftz=true; what must be exact
+// for subnormal numbers therefore avoids float arithmetic and the comparison operators on float.
 
 #pragma once
 
@@ -16,7 +16,8 @@ inline constexpr int kBoxSize = 5;
 // Every kernel here is launched with at most this many threads in a block.
 inline constexpr int kMaxThreads = 256;
 
-// Blocks of them that are to fit a multiprocessor at a time: leaves 64 registers to a thread, 128 where it computes in double.
+// Blocks of them that are to fit a multiprocessor at a time: leaves 64 registers to a thread, 128 where it computes in
+// double.
 template <typename T, typename Coord> inline constexpr int kMinBlocks = sizeof(T) == 8 || sizeof(Coord) == 8 ? 2 : 4;
 
 // The type that values of a storage type are compared and summed in: float, or double for double.
@@ -33,7 +34,9 @@ __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162
 // The nearest T. Exact for a number that widen() produced.
 template <typename T> __device__ __forceinline__ T narrow(Compute<T> value) { return value; }
 template <> __device__ __forceinline__ __half narrow<__half>(float value) { return __float2half(value); }
-template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) { return __float2bfloat16(value); }
+template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
+    return __float2bfloat16(value);
+}
 
 template <typename Number> __device__ __forceinline__ Number not_a_number();
 template <> __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
@@ -66,8 +69,8 @@ __device__ __forceinline__ bool replaces(float candidate, float best) {
 #endif
 }
 
-// The product, rounded. The compiler would contract a plain a * b + c into one rounding; coordinates are computed like this
-// so that the CPU has the same ones.
+// The product, rounded. The compiler would contract a plain a * b + c into one rounding; coordinates are computed like
+// this so that the CPU has the same ones.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 
@@ -91,7 +94,8 @@ template <typename T, int N> __device__ __forceinline__ void store(T* address, c
 }
 
 // Adds to N neighbouring numbers, each atomically.
-template <typename Number, int N> __device__ __forceinline__ void atomic_add(Number* address, const Number (&values)[N]) {
+template <typename Number, int N>
+__device__ __forceinline__ void atomic_add(Number* address, const Number (&values)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) atomicAdd(address + j, values[j]);
 }
@@ -108,8 +112,8 @@ template <typename Item> __device__ __forceinline__ Item* dynamic_shared() {
 }
 
 // The image that a box belongs to, or -1 for a box to reject: one with a batch index outside [0, batch_size) or with a
-// number that is not finite. A fraction in the batch index is dropped. The range is checked before the conversion to int,
-// which is undefined for what does not fit.
+// number that is not finite. A fraction in the batch index is dropped. The range is checked before the conversion to
+// int, which is undefined for what does not fit.
 template <typename Coord> __device__ __forceinline__ int image_of(const Coord* box, int batch_size) {
     const Coord index = box[0];
     bool valid = index >= 0 && index < static_cast<Coord>(batch_size);

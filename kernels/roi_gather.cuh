@@ -1,11 +1,12 @@
-// Deterministic gradients: a thread owns a cell of a few channels, adds up what every box's bins give it, in the order of
-// the boxes and of the bins, and writes it once.
+// Deterministic gradients: a thread owns a cell of a few channels, adds up what every box's bins give it, in the order
+// of the boxes and of the bins, and writes it once.
 //
-// A block owns a patch of cells of one level. It first finds the boxes that touch its patch, then works out which bins cover
-// each of its rows and columns, so that the geometry is paid for once for all channels and a thread looks at nothing else.
+// A block owns a patch of cells of one level. It first finds the boxes that touch its patch, then works out which bins
+// cover each of its rows and columns, so that the geometry is paid for once for all channels and a thread looks at
+// nothing else.
 //
-// A block is blockDim.x x blockDim.y threads; blockIdx.x is its patch, the levels' one after another; blockIdx.y its image
-// and channels.
+// A block is blockDim.x x blockDim.y threads; blockIdx.x is its patch, the levels' one after another; blockIdx.y its
+// image and channels.
 //   contiguous:     a patch of blockDim.x x blockDim.y cells; threads along x have neighbouring cells
 //   channels_last:  a patch of blockDim.y x 1 cells; threads along x have neighbouring channels
 
@@ -39,8 +40,8 @@ struct ThreadChannels {
     int end;
 };
 
-// For the operators: adds to a cell what the bins that cover it give to each of the thread's channels. `gradients` are one
-// box's (C, PH, PW).
+// For the operators: adds to a cell what the bins that cover it give to each of the thread's channels. `gradients` are
+// one box's (C, PH, PW).
 template <bool ChannelsLast, typename T, typename Number>
 __device__ __forceinline__ void add_bins(Number (&sum)[kGatherChannels], const T* gradients, const Cover<Number>& rows,
                                          const Cover<Number>& columns, const ThreadChannels& mine, int pooled_height,
@@ -61,7 +62,8 @@ __device__ __forceinline__ void add_bins(Number (&sum)[kGatherChannels], const T
     }
 }
 
-// The same where channel c * PH * PW + b takes part in bin b alone, that of channel c of `gradients` (C / (PH * PW), PH, PW).
+// The same where channel c * PH * PW + b takes part in bin b alone, that of channel c of `gradients` (C / (PH * PW),
+// PH, PW).
 template <bool ChannelsLast, typename T, typename Number>
 __device__ __forceinline__ void add_own_bin(Number (&sum)[kGatherChannels], const T* gradients,
                                             const Cover<Number>& rows, const Cover<Number>& columns,
@@ -86,13 +88,13 @@ __device__ __forceinline__ void add_own_bin(Number (&sum)[kGatherChannels], cons
 //   Op::Axis                              one axis of a box
 //   Op::kWeighted                         whether cells have weights
 //   op.axis(low, high, scale, bins)       -> Axis
-//   op.overlaps(axis, bins, patch, cells) -> whether some bin may cover some cell of the Range `patch`
+//   op.overlaps(axis, bins, patch)        -> whether some bin may cover some cell of the Range `patch`
 //   op.cover(axis, cell, cells, bins, w)  -> Range of the bins that cover a cell; w[bin] is its weight in each
 //   op.add(sum, row, cell, rows, columns, channels)   adds what the bins of box `row` give to a cell
 //
-// `grad_inputs` may hold anything on entry. Dynamic shared memory: a Candidate for each thread; `slots` times, where cells
-// have weights, a Number for each bin and row, and for each bin and column, of the patch; `slots` times a Range for each of
-// these rows and columns; a bit for each thread in words of 32.
+// `grad_inputs` may hold anything on entry. Dynamic shared memory: a Candidate for each thread; `slots` times, where
+// cells have weights, a Number for each bin and row, and for each bin and column, of the patch; `slots` times a Range
+// for each of these rows and columns; a bit for each thread in words of 32.
 template <bool ChannelsLast, typename T, typename Coord, typename Op>
 __device__ __forceinline__ void gather(const Op& op, const Levels<T, Coord>& grad_inputs,
                                        const Coord* __restrict__ rois, int boxes, int batch_size, int channels,
@@ -152,8 +154,8 @@ __device__ __forceinline__ void gather(const Op& op, const Levels<T, Coord>& gra
                 if (image_of(box, batch_size) == image && level_of(grad_inputs, box) == level) {
                     candidate = {static_cast<int>(base) + thread, op.axis(box[2], box[4], scale, pooled_height),
                                  op.axis(box[1], box[3], scale, pooled_width)};
-                    touches = op.overlaps(candidate.vertical, pooled_height, {top, top + patch_height}, height) &&
-                              op.overlaps(candidate.horizontal, pooled_width, {left, left + patch_width}, width);
+                    touches = op.overlaps(candidate.vertical, pooled_height, {top, top + patch_height}) &&
+                              op.overlaps(candidate.horizontal, pooled_width, {left, left + patch_width});
                 }
             }
             if (touches) atomicOr(&touching[thread / 32], 1u << (thread % 32));

@@ -13,8 +13,8 @@ struct Item {
     int channel;  // the first
 };
 
-// Contiguous: neighbouring threads take neighbouring bins. Their channels are as many independent loads in flight, and the
-// geometry of a bin is paid for once.
+// Contiguous: neighbouring threads take neighbouring bins. Their channels are as many independent loads in flight, and
+// the geometry of a bin is paid for once.
 template <int Channels> struct Contiguous {
     static constexpr int kChannels = Channels;
 

@@ -8,8 +8,9 @@ namespace roi {
 
 inline constexpr int kMaxLevels = 8;
 
-// Maps (N, C, height, width) that share N, C and their memory format, finest first; one of them is a pyramid too. Kernels
-// take it by value, so that one launch serves every level. The launch writes these bytes: see Levels in launch.py.
+// Maps (N, C, height, width) that share N, C and their memory format, finest first; one of them is a pyramid too.
+// Kernels take it by value, so that one launch serves every level. The launch writes these bytes: see levels_struct() in
+// launch.py.
 template <typename T, typename Coord> struct Levels {
     T* data[kMaxLevels];
     Coord scale[kMaxLevels];  // cells of the map per unit of the boxes
@@ -21,8 +22,8 @@ template <typename T, typename Coord> struct Levels {
     int count;
 };
 
-// Lin et al., Feature Pyramid Networks (2017), equation 1, as an index into Levels. A box without an area belongs to the
-// finest level.
+// Lin et al., Feature Pyramid Networks (2017), equation 1, as an index into Levels. A box without an area belongs to
+// the finest level.
 template <typename T, typename Coord>
 __device__ __forceinline__ int level_of(const Levels<T, Coord>& levels, const Coord* box) {
     if (levels.count == 1) return 0;

@@ -1,16 +1,16 @@
 // RoI max pooling, forward and backward.
 //
-//   inputs  (N, C, H, W)    T: float, double, __half or __nv_bfloat16; contiguous or channels_last; a map for each level
+//   inputs  (N, C, H, W)    T: float, double, __half or __nv_bfloat16; contiguous or channels_last; one for each level
 //   rois    (K, 5)          Coord: float or double; batch index, x1, y1, x2, y2 in the units of the image
 //   output  (K, C, PH, PW)  T, in the memory format of the inputs
-//   argmax  (K, C, PH, PW)  Index: int, or long long for maps of 2^31 cells or more; y * W + x of the maximum on the box's
-//                           level, -1 for none; in the memory format of the output
+//   argmax  (K, C, PH, PW)  Index: int, or long long for maps of 2^31 cells or more; y * W + x of the maximum on the
+//                           box's level, -1 for none; in the memory format of the output
 //
-// A box covers whole cells, both ends included. An empty bin is 0. A box that image_of() rejects is NaN throughout, has no
-// argmax and takes no gradient. Nothing outside the tensors is accessed for any content of `rois`.
+// A box covers whole cells, both ends included. An empty bin is 0. A box that image_of() rejects is NaN throughout, has
+// no argmax and takes no gradient. Nothing outside the tensors is accessed for any content of `rois`.
 //
-// Limits that the launch checks: H, W and C * PH * PW at most 2^30, N * C below 2^31, PH + PW at most 6144 (the ranges of
-// the bins stay in shared memory). Within them only addresses need 64 bits.
+// Limits that the launch checks: H, W and C * PH * PW at most 2^30, N * C below 2^31, PH + PW at most 6144 (the ranges
+// of the bins stay in shared memory). Within them only addresses need 64 bits.
 
 #include "roi_bins.cuh"
 #include "roi_common.cuh"
@@ -133,7 +133,7 @@ template <typename T, typename Coord, typename Index, bool ChannelsLast> struct 
     __device__ Extent axis(Coord low, Coord high, Coord scale, int) const {
         return extent_of(low, high, scale, kBothEnds);
     }
-    __device__ bool overlaps(Extent extent, int, Range patch, int) const { return roi::overlaps(extent, patch); }
+    __device__ bool overlaps(Extent extent, int, Range patch) const { return roi::overlaps(extent, patch); }
     __device__ Range cover(Extent extent, int cell, int, int bins, Number*) const {
         return bins_over(extent, cell, bins);
     }

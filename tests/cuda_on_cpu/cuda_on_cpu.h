@@ -1,8 +1,8 @@
-// CUDA C++ on the CPU, as far as this repository's kernels use it: g++ compiles the unchanged .cu files with this header
-// in front (-include), and sanitizers see what the kernels do.
+// CUDA C++ on the CPU, as far as this repository's kernels use it: g++ compiles the unchanged .cu files with this
+// header in front (-include), and sanitizers see what the kernels do.
 //
-// A CUDA thread is an OS thread, __syncthreads is a barrier, and atomics are std::atomic_ref. Blocks run one after another,
-// so that one array serves as shared memory.
+// A CUDA thread is an OS thread, __syncthreads is a barrier, and atomics are std::atomic_ref. Blocks run one after
+// another, so that one array serves as shared memory.
 
 #pragma once
 
@@ -107,7 +107,8 @@ template <typename Body> void launch(dim3 grid, dim3 block, std::size_t shared_b
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; ++x) {
                 blockIdx = {x, y, 0};
-                // Not a value of another block: a kernel that reads shared memory it did not write must not work by luck.
+                // Not a value of another block: a kernel that reads shared memory it did not write must not work by
+                // luck.
                 if (thread == 0) std::memset(roi::shared_bytes, 0xa5, shared_bytes);
                 between_blocks.arrive_and_wait();
                 body();

@@ -1,7 +1,7 @@
 // Kernels by name, launched with an array of pointers to their arguments as the CUDA driver does it.
 //
-// A library is one generated file: this header, the kernels' source, and KERNEL(name expression) for each instantiation.
-// The names are the very ones that the launches ask NVRTC for.
+// A library is one generated file: this header, the kernels' source, and KERNEL(name expression) for each
+// instantiation. The names are the very ones that the launches ask NVRTC for.
 
 #pragma once
 

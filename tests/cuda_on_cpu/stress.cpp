@@ -1,7 +1,8 @@
 // The main program of the sanitizers' runs: every kind of kernel on hostile boxes, in heap memory of the exact size.
 //
 // An argument plants a fault that the sanitizer has to report: short-output, misaligned-input, float-to-int. Built with
-// STRESS_ONE_KIND it runs one kind of kernel, which builds faster and is enough to find a race that is planted everywhere.
+// STRESS_ONE_KIND it runs one kind of kernel, which builds faster and is enough to find a race that is planted
+// everywhere.
 
 #include "cuda_on_cpu.h"
 
@@ -75,7 +76,8 @@ template <typename Coord> std::vector<Coord> boxes() {
     const std::vector<std::vector<Coord>> rows = {
         {0, 0, 0, 8, 5},    {1, 2, 1, 7, 4},       {0, 8, 5, 0, 0},       {1, -4, -4, 20, 20},   {0, -9, -9, -5, -5},
         {1, 50, 1, 60, 4},  {0, 1, 50, 4, 60},     {1, -1e30, 1, 1e30, 4}, {0, 1e30, 1e30, 1e30, 1e30},
-        {0, 1e30, 1e30, -1e30, -1e30}, {0, -3e7, -5e8, 3e7, 5e8}, {1, 2, 2, 2, 2}, {0, 3, 3, 4, 4}, {1, 2, -1e5, 5, 1e5},
+        {0, 1e30, 1e30, -1e30, -1e30}, {0, -3e7, -5e8, 3e7, 5e8}, {1, 2, 2, 2, 2}, {0, 3, 3, 4, 4},
+        {1, 2, -1e5, 5, 1e5},
         {1, -huge, -huge, huge, huge}, {0, tiny, -tiny, 3, 3}, {0, nan, 0, 4, 4}, {0, 0, 0, inf, 4}, {0, 0, -inf, 4, 4},
         {-1, 0, 0, 4, 4},   {2, 0, 0, 4, 4},       {Coord(0.5), 0, 0, 4, 4}, {Coord(-0.5), 0, 0, 4, 4},
         {huge, 0, 0, 4, 4}, {-huge, 0, 0, 4, 4},   {nan, 0, 0, 4, 4},     {inf, 0, 0, 4, 4},
@@ -91,7 +93,8 @@ void expect(bool holds, const char* what) {
     std::exit(3);
 }
 
-template <typename T> void expect_close(const Maps<T>& gathered, const Maps<roi::Compute<T>>& scattered, double tolerance) {
+template <typename T>
+void expect_close(const Maps<T>& gathered, const Maps<roi::Compute<T>>& scattered, double tolerance) {
     for (int level = 0; level < gathered.count; ++level) {
         for (std::size_t i = 0; i < gathered.maps[level]->size; ++i) {
             const double expected = scattered.maps[level]->data[i];
@@ -101,7 +104,8 @@ template <typename T> void expect_close(const Maps<T>& gathered, const Maps<roi:
     }
 }
 
-template <typename Layout> constexpr bool is_channels_last = !std::is_same_v<Layout, roi::Contiguous<Layout::kChannels>>;
+template <typename Layout>
+constexpr bool is_channels_last = !std::is_same_v<Layout, roi::Contiguous<Layout::kChannels>>;
 
 // As launch.per_cell() has it: threads, patches of all levels, and shared memory for two boxes at a time.
 constexpr int kSlots = 2;
@@ -130,7 +134,9 @@ template <typename T, typename Coord, typename Index, typename Layout> void run_
 
     Maps<T> input(channels, kLevels);
     for (auto& map : input.maps) {
-        for (std::size_t i = 0; i < map->size; ++i) map->data[i] = roi::narrow<T>(static_cast<float>(i * 37 % 11) - 5.0f);
+        for (std::size_t i = 0; i < map->size; ++i) {
+            map->data[i] = roi::narrow<T>(static_cast<float>(i * 37 % 11) - 5.0f);
+        }
     }
     auto levels = input.template levels<const T, Coord>();
     if (fault == "misaligned-input") {
