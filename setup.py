@@ -31,7 +31,7 @@ setup(
         "test": ["pytest", "timm", "safetensors", *DEMO, *(f"{name}; platform_system != 'Darwin'" for name in CUDA12)],
         "lint": ["ruff", "mypy"],
     },
-    packages=["fpn", "roi", "roi.kernels"],
+    packages=["fpn", "roi", "roi.cupy_path", "roi.kernels"],
     package_dir={"roi.kernels": "kernels"},
     package_data={
         "fpn": ["py.typed", "photos/*"],

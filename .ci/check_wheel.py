@@ -8,9 +8,11 @@ REQUIRED = {
     "fpn/py.typed",
     "fpn/photos/astronaut.jpg",
     "roi/py.typed",
+    "roi/cupy_path/__init__.py",
     "roi/kernels/__init__.py",
     "roi/kernels/roi_common.cuh",
     "roi/kernels/roi_pool.cu",
+    "roi/kernels/roi_align.cu",
 }
 TOP_LEVEL = {"fpn", "roi"}
 

@@ -6,10 +6,14 @@ Wide ResNet: Zagoruyko & Komodakis (2016). State keys are torchvision's without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fpn.norm import NormLayer, resolve_norm_layer
 
@@ -140,6 +144,9 @@ class ResNet(nn.Module):
         stride_in_1x1: Caffe's variant of `Bottleneck`.
         returned_layers: which of layer1 … layer4 give the maps that are returned, finest first; the last is 4. Default
             all of them, C2 to C5; (2, 3, 4) is RetinaNet's and FCOS's choice.
+        checkpoint_stages: for C2, C3, C4 and C5, whether the backward pass computes what is inside the stage's blocks
+            again instead of keeping it (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016). Gradients
+            and running statistics are the same.
 
     Attributes:
         in_channels: channels of the images.
@@ -172,6 +179,7 @@ class ResNet(nn.Module):
         norm_layer: NormLayer | type[nn.GroupNorm] = nn.BatchNorm2d,
         stride_in_1x1: bool = False,
         returned_layers: Sequence[int] = (1, 2, 3, 4),
+        checkpoint_stages: Sequence[bool] = (False, False, False, False),
     ) -> None:
         super().__init__()
         if tuple(returned_layers) != tuple(sorted({*returned_layers, 4} & {1, 2, 3, 4})):
@@ -182,6 +190,9 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"replace_stride_with_dilation must be three booleans (C3, C4, C5); got {replace_stride_with_dilation}"
             )
+        if len(checkpoint_stages) != 4:
+            raise ValueError(f"checkpoint_stages must be four booleans (C2, C3, C4, C5); got {checkpoint_stages}")
+        self.checkpoint_stages = tuple(checkpoint_stages)
         options = BlockOptions(resolve_norm_layer(norm_layer), groups, width_per_group, stride_in_1x1)
         self.in_channels = in_channels
         self.conv1 = nn.Conv2d(in_channels, STAGE_CHANNELS[0], 7, stride=2, padding=3, bias=False)
@@ -243,11 +254,41 @@ class ResNet(nn.Module):
         """
         check_images(images, self.in_channels)
         c1 = self.relu(self.bn1(self.conv1(images)))
-        c2 = self.layer1(self.maxpool(c1))
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        c5 = self.layer4(c4)
+        in_c2, in_c3, in_c4, in_c5 = self.checkpoint_stages
+        c2 = run_stage(self.layer1, self.maxpool(c1), in_c2)
+        c3 = run_stage(self.layer2, c2, in_c3)
+        c4 = run_stage(self.layer3, c3, in_c4)
+        c5 = run_stage(self.layer4, c4, in_c5)
         return tuple((c2, c3, c4, c5)[layer - 1] for layer in self.returned_layers)
+
+
+def run_stage(stage: nn.Sequential, x: Tensor, checkpointed: bool) -> Tensor:
+    """The stage's map; `checkpointed` keeps the inputs of its blocks alone for the backward pass."""
+    if not (checkpointed and torch.is_grad_enabled()):
+        return cast(Tensor, stage(x))
+    for block in stage:
+        contexts = partial(contexts_of_both_passes, block)
+        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return x
+
+
+def contexts_of_both_passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds a block in the forward pass, and when the backward pass computes it again."""
+    return nullcontext(), unmoved_statistics(block)
+
+
+@contextmanager
+def unmoved_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm in training mode computes what it did before and does not count the batch a second time."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
 def make_stage(
