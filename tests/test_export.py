@@ -152,7 +152,7 @@ def test_onnx_in_onnxruntime(options: str, fused: bool, tmp_path: Path) -> None:
     names = [output.name for output in session.get_outputs()]
     assert names == [f"p{k}" for k in range(2, 2 + len(model.strides))]
     with torch.no_grad():
-        for batch, height, width in [*sizes(model), (1, 1, 40), (1, 301, 199)]:
+        for batch, height, width in [*sizes(model), (1, 301, 199)]:
             images = random_images(model, batch, height, width)
             levels = [torch.from_numpy(level) for level in session.run(None, {"images": images.numpy()})]
             for level, expected in zip(levels, model(images), strict=True):
