@@ -1,10 +1,11 @@
-"""FPN50 and FPN101 beside torchvision's `resnet_fpn_backbone`: the same pyramid, weights, sizes and rounds.
+"""FPN50 and FPN101 beside torchvision's `resnet_fpn_backbone`: the same pyramid, weights, images and rounds.
 
     python benchmarks/fpn.py
-    python benchmarks/fpn.py --models FPN50 --sizes 480x640 --runs 20 --json out.json
+    python benchmarks/fpn.py --models FPN50 --sizes 480x640 800x1344 --batches 1 2 4 --plot fpn.png --json fpn.json
 
-torchvision's function takes frozen batch norm by default; both packages run with that and with plain batch norm, so
-that neither is compared with another network. The outputs are compared before anything is timed.
+Both packages run in every form that they have: eager, channels_last, batch norm folded, compiled, in bfloat16, in ONNX
+Runtime. All forms of a row's problem take turns in one run, and their outputs are compared before anything is timed.
+The row "convolutions alone" is the fused model's convolutions one after another, each on the input that it had there.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,14 +30,18 @@ import torch
 from torch import Tensor, nn
 
 import fpn
-from benchmarks.harness import describe, environment, interleaved, ratio, table, write_json
+from benchmarks.harness import describe, environment, interleaved, ratio, table, version_of, write_json
 from fpn.norm import FrozenBatchNorm2d
+from tests.comparison import randomise, relative_error
 
-NORMS = ("batch norm", "frozen batch norm")
+Network = Callable[[Tensor], Any]
+Prepare = Callable[[nn.Module, Tensor], Network]
+
+FROZEN, PLAIN = "frozen batch norm", "batch norm"
 
 
 def ours(model: str, norm: str) -> nn.Module:
-    layer = nn.BatchNorm2d if norm == "batch norm" else FrozenBatchNorm2d
+    layer = nn.BatchNorm2d if norm == PLAIN else FrozenBatchNorm2d
     build = getattr(fpn, model)
     return build(upsample="nearest", smooth_top=True, extra="maxpool", trunk={"norm_layer": layer})
 
@@ -42,7 +50,7 @@ def torchvisions(model: str, norm: str) -> nn.Module:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops import FrozenBatchNorm2d as TheirFrozenBatchNorm2d
 
-    layer = nn.BatchNorm2d if norm == "batch norm" else TheirFrozenBatchNorm2d
+    layer = nn.BatchNorm2d if norm == PLAIN else TheirFrozenBatchNorm2d
     name = model.replace("FPN", "resnet")
     return resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=layer, trainable_layers=5)
 
@@ -50,57 +58,194 @@ def torchvisions(model: str, norm: str) -> nn.Module:
 BUILDERS = {"fpn-roi": ours, "torchvision": torchvisions}
 
 
-def same_weights(model: nn.Module, theirs: nn.Module) -> None:
-    """Gives torchvision's backbone the weights of ours."""
-    state = {f"body.{k}": v for k, v in model.bottom_up.state_dict().items()}
-    for part, name in (("lateral", "inner"), ("smooth", "layer")):
-        for key, value in getattr(model, part).state_dict().items():
-            index, _, rest = key.partition(".")
-            state[f"fpn.{name}_blocks.{3 - int(index)}.0.{rest}"] = value
-    theirs.load_state_dict(state)
+def build(package: str, model: str, norm: str) -> nn.Module:
+    """The same weights for a model in both packages and with both norms."""
+    torch.manual_seed(0)
+    source = randomise(ours(model, PLAIN))
+    state = source.state_dict()
+    if package == "torchvision":
+        state = {f"body.{k}": v for k, v in source.bottom_up.state_dict().items()}
+        for part, name in (("lateral", "inner"), ("smooth", "layer")):
+            for key, value in getattr(source, part).state_dict().items():
+                index, _, rest = key.partition(".")
+                state[f"fpn.{name}_blocks.{3 - int(index)}.0.{rest}"] = value
+    network = BUILDERS[package](model, norm)
+    network.load_state_dict(state)
+    return network
+
+
+def as_it_is(network: nn.Module, images: Tensor) -> Network:
+    return network
+
+
+def channels_last(network: nn.Module, images: Tensor) -> Network:
+    return network.to(memory_format=torch.channels_last)
+
+
+def fused(network: nn.Module, images: Tensor) -> Network:
+    return network.fuse()
+
+
+def folded(network: nn.Module, images: Tensor) -> Network:
+    """torch.fx's folding of batch norm, for torchvision's model, which has none of its own."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(network).to(memory_format=torch.channels_last)
+
+
+def compiled(prepare: Prepare) -> Prepare:
+    def prepare_compiled(network: nn.Module, images: Tensor) -> Network:
+        return torch.compile(prepare(network, images))
+
+    return prepare_compiled
+
+
+def bfloat16(prepare: Prepare) -> Prepare:
+    def prepare_autocast(network: nn.Module, images: Tensor) -> Network:
+        run = prepare(network, images)
+
+        def autocast(images: Tensor) -> Any:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                return run(images)
+
+        return autocast
+
+    return prepare_autocast
+
+
+def onnx_runtime(network: nn.Module, images: Tensor) -> Network:
+    import onnxruntime
+
+    program = torch.onnx.export(network, (images,), dynamo=True, verbose=False)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    provider = "CUDAExecutionProvider" if images.is_cuda else "CPUExecutionProvider"
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), settings, providers=[provider])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(level) for level in session.run(None, {name: images.cpu().numpy()})]
+
+
+def convolutions_alone(network: nn.Module, images: Tensor) -> Network:
+    network = network.fuse()
+    calls: list[tuple[nn.Conv2d, Tensor]] = []
+    hooks = [
+        conv.register_forward_pre_hook(lambda conv, inputs: calls.append((conv, inputs[0].detach().clone())))
+        for conv in network.modules()
+        if isinstance(conv, nn.Conv2d)
+    ]
+    network(images.clone().requires_grad_())  # with gradients, the fused model calls its convolutions as they are
+    for hook in hooks:
+        hook.remove()
+
+    def run(images: Tensor) -> list[Tensor]:
+        for conv, x in calls:
+            conv(x)
+        return []
+
+    return run
+
+
+def checkpointed(network: nn.Module, images: Tensor) -> Network:
+    network.bottom_up.checkpoint_stages = (True, True, True, True)
+    return network
+
+
+@dataclass(frozen=True)
+class Form:
+    """A package's model as one of its users runs it: `prepare` makes the call that is timed, once."""
+
+    package: str
+    name: str
+    norm: str
+    prepare: Prepare = as_it_is
+    tolerance: float = 1e-4  # of the levels, relative to those of the mode's first form
+
+    def __str__(self) -> str:
+        return f"{self.package}, {self.name}"
+
+
+ROUGH = 5e-2  # bfloat16 keeps eight bits
+
+# The first form of a mode is what the others are compared with: torchvision's own default.
+INFERENCE = (
+    Form("torchvision", "eager", FROZEN),
+    Form("torchvision", "eager, plain batch norm", PLAIN),
+    Form("torchvision", "channels_last", FROZEN, channels_last),
+    Form("torchvision", "folded", PLAIN, folded),
+    Form("torchvision", "compiled", FROZEN, compiled(channels_last)),
+    Form("torchvision", "folded, compiled", PLAIN, compiled(folded)),
+    Form("torchvision", "bfloat16", FROZEN, bfloat16(as_it_is), ROUGH),
+    Form("torchvision", "folded, bfloat16", PLAIN, bfloat16(folded), ROUGH),
+    Form("torchvision", "ONNX Runtime", PLAIN, onnx_runtime),
+    Form("fpn-roi", "eager", FROZEN),
+    Form("fpn-roi", "eager, plain batch norm", PLAIN),
+    Form("fpn-roi", "fused", PLAIN, fused),
+    Form("fpn-roi", "fused, compiled", PLAIN, compiled(fused)),
+    Form("fpn-roi", "fused, bfloat16", PLAIN, bfloat16(fused), ROUGH),
+    Form("fpn-roi", "ONNX Runtime", PLAIN, onnx_runtime),
+    Form("fpn-roi", "convolutions alone", PLAIN, convolutions_alone),
+)
+
+
+def training(norm: str) -> tuple[Form, ...]:
+    return (
+        Form("torchvision", "eager", norm),
+        Form("fpn-roi", "eager", norm),
+        Form("fpn-roi", "checkpointed", norm, checkpointed),
+    )
+
+
+MODES = {
+    "inference": INFERENCE,
+    f"training, {FROZEN}": training(FROZEN),
+    f"training, {PLAIN}": training(PLAIN),
+}
 
 
 def levels(output: Any) -> list[Tensor]:
     return list(output.values() if isinstance(output, dict) else output)
 
 
-def forward(model: nn.Module, images: Tensor) -> list[Tensor]:
+def forward(network: Network, images: Tensor) -> list[Tensor]:
     with torch.inference_mode():
-        return levels(model(images))
+        return levels(network(images))
 
 
-def step(model: nn.Module, images: Tensor) -> None:
-    model.zero_grad(set_to_none=True)
-    sum(level.mean() for level in levels(model(images))).backward()
+def step(network: nn.Module, images: Tensor) -> list[Tensor]:
+    network.zero_grad(set_to_none=True)
+    outputs = levels(network(images))
+    sum(level.mean() for level in outputs).backward()
+    return outputs
 
 
-MODES: dict[str, tuple[bool, Callable[[nn.Module, Tensor], Any]]] = {
-    "inference": (False, forward),
-    "forward + backward": (True, step),
-}
+def prepared(mode: str, form: Form, model: str, shape: Sequence[int], device: str) -> Callable[[], list[Tensor]]:
+    """The call that is timed: one forward pass, or one with its backward pass."""
+    network = build(form.package, model, form.norm).to(device).train(mode != "inference")
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+    return partial(forward if mode == "inference" else step, form.prepare(network, images), images)
 
 
-def largest_difference(model: nn.Module, theirs: nn.Module, images: Tensor) -> float:
-    pairs = zip(forward(model, images), forward(theirs, images), strict=True)
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+def largest_difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    if not outputs:  # of convolutions alone
+        return math.nan
+    return max(relative_error(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-def peak_megabytes(package: str, model: str, norm: str, mode: str, shape: tuple[int, ...], device: str) -> float:
-    """Peak memory of one call beyond that of the model and its input, in MB.
+def peak_megabytes(mode: str, index: int, model: str, shape: Sequence[int], device: str) -> float:
+    """Peak memory of the form's third call beyond that of the model and its input, in MB; the first may compile.
 
     On the CPU it is the growth of the resident set of a process that does nothing else, which is why this is run in
     one; NaN where the system does not tell (it is read from Linux's /proc).
     """
-    training, call = MODES[mode]
-    network = BUILDERS[package](model, norm).to(device).train(training)
-    images = torch.randn(shape, device=device)
+    call = prepared(mode, MODES[mode][index], model, shape, device)
+    call(), call()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call(network, images)
+        call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     before = reset_peak_resident()
-    call(network, images)
+    call()
     return (resident("VmHWM") - before) / 1e6
 
 
@@ -125,64 +270,99 @@ def in_a_process(call: Callable[[], float]) -> float:
         return pool.apply(call)
 
 
-def measure(model: str, norm: str, mode: str, shape: tuple[int, ...], device: str, runs: int) -> dict[str, Any]:
-    training, call = MODES[mode]
-    networks = {package: build(model, norm) for package, build in BUILDERS.items()}
-    same_weights(networks["fpn-roi"], networks["torchvision"])
-    images = torch.randn(shape, device=device)
-    for network in networks.values():
-        network.to(device).eval()
-    difference = largest_difference(*networks.values(), images)
-    if not difference < 1e-4:
-        raise SystemExit(f"{model}, {norm}: outputs differ by {difference:.2g}, so there is nothing to compare")
-    calls = {package: partial(call, network.train(training), images) for package, network in networks.items()}
+def measure(
+    mode: str, forms: Sequence[Form], model: str, shape: Sequence[int], device: str, runs: int, memory: bool
+) -> list[dict[str, Any]]:
+    """A row for each form: all in turn, in the same rounds."""
+    calls = {str(form): prepared(mode, form, model, shape, device) for form in forms}
+    expected = calls[str(forms[0])]()
+    differences = {form: largest_difference(calls[str(form)](), expected) for form in forms}
+    for form, difference in differences.items():
+        if difference > form.tolerance:
+            raise SystemExit(f"{model}, {form}: outputs differ by {difference:.2g}, so there is nothing to compare")
     times = interleaved(calls, torch.device(device), runs)
-    peaks = {
-        package: in_a_process(partial(peak_megabytes, package, model, norm, mode, shape, device))
-        for package in BUILDERS
-    }
-    return {
-        "model": model,
-        "norm": norm,
-        "mode": mode,
-        "images": "×".join(map(str, shape)),
-        "fpn-roi ms": median(times["fpn-roi"]),
-        "torchvision ms": median(times["torchvision"]),
-        "ratio": ratio(times, peer="torchvision", ours="fpn-roi"),
-        "fpn-roi MB": peaks["fpn-roi"],
-        "torchvision MB": peaks["torchvision"],
-        "difference": f"{difference:.1e}",
-    }
+    del calls, expected
+    rows = []
+    for form in forms:
+        row = {
+            "model": model,
+            "images": "×".join(map(str, shape)),
+            "mode": mode,
+            "package": form.package,
+            "form": form.name,
+            "ms": median(times[str(form)]),
+            "least ms": min(times[str(form)]),
+            "ratio": ratio(times, peer=str(forms[0]), ours=str(form)),
+            "difference": f"{differences[form]:.1e}",
+        }
+        if memory:
+            index = MODES[mode].index(form)
+            row["MB"] = in_a_process(partial(peak_megabytes, mode, index, model, shape, device))
+        rows.append(row)
+    return rows
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Inference: time against pixels at the first batch, and time per image against batch at the first size."""
+    from matplotlib.figure import Figure
+
+    rows = [row | dict(zip("nchw", map(int, row["images"].split("×")), strict=True)) for row in rows]
+    rows = [row for row in rows if row["mode"] == "inference" and row["model"] == rows[0]["model"]]
+    first = rows[0]
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    by_size, by_batch = figure.subplots(1, 2)
+    for package, form in dict.fromkeys((row["package"], row["form"]) for row in rows):
+        line = [row for row in rows if (row["package"], row["form"]) == (package, form)]
+        style = {"label": f"{package}, {form}", "marker": "o", "linestyle": "--" if package == "torchvision" else "-"}
+        sizes = [(row["h"] * row["w"] / 1e6, row["ms"]) for row in line if row["n"] == first["n"]]
+        batches = [(row["n"], row["ms"] / row["n"]) for row in line if row["h"] * row["w"] == first["h"] * first["w"]]
+        by_size.plot(*zip(*sorted(sizes), strict=True), **style)
+        by_batch.plot(*zip(*sorted(batches), strict=True), **style)
+    by_size.set(xlabel=f"megapixels of each of {first['n']}", ylabel="ms")
+    by_batch.set(xlabel=f"images of {first['h']}×{first['w']}", ylabel="ms per image")
+    figure.suptitle(f"{first['model']}, inference")
+    figure.legend(*by_size.get_legend_handles_labels(), loc="outside right")
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["FPN50", "FPN101"], metavar="NAME")
-    parser.add_argument("--sizes", nargs="+", default=["480x640", "800x1344"], metavar="HxW")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sizes", nargs="+", default=["480x640"], metavar="HxW")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help=f"{list(MODES)}"
+    )
+    parser.add_argument(
+        "--forms", nargs="+", metavar="WORDS", help="only forms with these words, e.g. fused 'folded, compiled'"
+    )
     parser.add_argument("--runs", type=int, default=9, help="rounds that count, after two that do not")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory", action="store_true", help="also peak memory, of each form in a process of its own")
     parser.add_argument("--json", type=Path, help="also write the environment and the rows there")
+    parser.add_argument("--plot", type=Path, help="also draw time against image size and batch there")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    facts = environment(torch.device(options.device))
+    facts = environment(torch.device(options.device)) | {"onnxruntime": version_of("onnxruntime")}
     print(describe(facts), end="\n\n")
     rows = []
-    for model in options.models:
-        for size in options.sizes:
-            height, width = map(int, size.split("x"))
-            for mode in MODES:
-                for norm in NORMS:
-                    shape = (options.batch, 3, height, width)
-                    rows.append(measure(model, norm, mode, shape, options.device, options.runs))
-                    print(rows[-1], file=sys.stderr)
-    print(table(rows))
-    print("\nratio: median over the rounds of torchvision's time / fpn-roi's; above 1, fpn-roi is faster")
+    for model, size, batch, mode in product(options.models, options.sizes, options.batches, options.modes):
+        height, width = map(int, size.split("x"))
+        first, *rest = MODES[mode]
+        chosen = [form for form in rest if not options.forms or any(word in str(form) for word in options.forms)]
+        shape = (batch, 3, height, width)
+        rows += measure(mode, [first, *chosen], model, shape, options.device, options.runs, options.memory)
+        print(table(rows[-len(chosen) - 1 :]), end="\n\n", flush=True)
+    print("ratio: median over the rounds of the first form's time / this one's; above 1, this one is faster")
     if options.json:
         write_json(options.json, facts, rows)
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":
+    # In the processes that `in_a_process` starts, memory that is freed goes back to the system and is counted anew.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     main()

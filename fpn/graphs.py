@@ -42,7 +42,7 @@ def capture(call: Callable[..., Output], *inputs: Tensor) -> Callable[..., Outpu
         raise ValueError(f"inputs must be tensors on one CUDA device; got {sorted(map(str, devices)) or 'none'}")
     recorded = [tensor.detach().clone() for tensor in inputs]
     with torch.no_grad(), torch.cuda.device(inputs[0].device):
-        warmup = torch.cuda.Stream()
+        warmup = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         warmup.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warmup):
             for _ in range(WARMUP_CALLS):

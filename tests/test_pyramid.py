@@ -139,7 +139,7 @@ def test_any_size_and_batch(batch: int, size: tuple[int, int], extra: str | None
         assert level.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_dtype_and_layout_are_kept(dtype: torch.dtype, layout: torch.memory_format) -> None:
     model = FPN18(extra="p6p7").eval().to(dtype=dtype, memory_format=layout)
