@@ -9,7 +9,7 @@ This is NumPy on the host: a few numbers for each RoI, in many steps that cost l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -73,6 +73,11 @@ class SampledBins:
     visited: Array
     limits: Array
     adaptive: bool
+
+    def __getitem__(self, rois: Rows) -> SampledBins:
+        """Those of some RoIs."""
+        per_roi = ("sizes", "begin", "length", "grid", "first", "visited")
+        return replace(self, **{name: getattr(self, name)[rois] for name in per_roi})
 
     def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
         return len(self.limits) * int(self.visited[rois].max()) * (max(size) + 2)

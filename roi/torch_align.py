@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from roi.bin_weights import Array, SampledBins, sampled_bins
+from roi.bin_weights import Array, Rows, SampledBins, sampled_bins
 from roi.layout import empty_gradient, empty_pooled, format_of, memory_format
 from roi.levels import map_levels
-from roi.weighted_sums import Grid, pool, pool_adjoint, pool_at_once
+from roi.weighted_sums import Grid, parts_of, pool, pool_adjoint, pool_at_once
 
-CELLS_PER_CROP = 64  # that are copied in the time that it takes to begin with a crop
+CELLS_PER_CROP = 32  # that are copied in the time that it takes to begin with a crop
+CROP_VALUES = 2**19  # of the crops of a few RoIs, each its own
+BAND_VALUES = 2**23  # of a crop that many RoIs share
 
 
 def roi_align(
@@ -45,12 +48,13 @@ def roi_align(
     bins = align_bins(
         boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned, input.shape[2], input.shape[3]
     )
-    table, grid = table_of(input, boxes, bins)
     whole = None
-    if memory_format(input) is torch.channels_last and table.dtype == input.dtype:
+    if as_it_is(input):
+        table, grid = input.permute(0, 2, 3, 1).view(-1, input.shape[1]), whole_grid(boxes, *input.shape)
         whole = pool_at_once(table, grid, bins, pooled_height, pooled_width)
     if whole is None:
-        pool(table, grid, bins, output)
+        for rois_of_table, table, grid in tables(input, boxes, bins):
+            pool(table, grid, bins[rois_of_table], output, rois_of_table)
     else:
         output = whole
     if invalid is not None:
@@ -123,8 +127,8 @@ def multiscale_roi_align(
         own, map_ = boxes[places], features[level]
         args = pooled_height, pooled_width, sampling_ratio, aligned, map_.shape[2], map_.shape[3]
         bins = align_bins(own, scales[level], *args)
-        table, grid = table_of(map_, own, bins)
-        pool(table, grid, bins, output, places)
+        for rois_of_table, table, grid in tables(map_, own, bins):
+            pool(table, grid, bins[rois_of_table], output, places[rois_of_table])
     if invalid is not None:
         output[invalid] = torch.nan
     return output
@@ -195,20 +199,23 @@ def places_by_level(
         yield index, np.flatnonzero(level == index)
 
 
-def table_of(input: Tensor, rois: Array, bins: SampledBins) -> tuple[Tensor, Grid]:
-    """The cells of the maps, or of those crops that the RoIs need, as rows; float32 or float64."""
-    batch, channels, height, width = input.shape
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    if input.dtype == dtype and memory_format(input) is torch.channels_last:
-        return input.permute(0, 2, 3, 1).view(-1, channels), whole_grid(rois, batch, height, width)
-    grid = crops_grid(bins, batch) or whole_grid(rois, batch, height, width)
-    table = input.new_empty((grid.rows, channels), dtype=dtype)
-    if grid.window is None:
-        table.view(batch, height, width, channels).copy_(input.permute(0, 2, 3, 1))
-    else:
-        for rows, crop in crops(table, input, rois, grid):
+def as_it_is(input: Tensor) -> bool:
+    """Whether the cells of the maps are rows of a table in memory."""
+    return memory_format(input) is torch.channels_last and input.dtype in (torch.float32, torch.float64)
+
+
+def tables(input: Tensor, rois: Array, bins: SampledBins) -> Iterator[tuple[Rows, Tensor, Grid]]:
+    """The cells that the RoIs need, as rows, in float32 or float64: (RoIs, table, grid of those RoIs)."""
+    channels, dtype = input.shape[1], torch.promote_types(input.dtype, torch.float32)
+    if as_it_is(input):
+        table = input.permute(0, 2, 3, 1).view(-1, channels)
+        yield slice(0, len(rois)), table, whole_grid(rois, *input.shape)
+        return
+    for some, grid, crops in cropped(rois, bins, input.shape):
+        table = input.new_empty((grid.rows, channels), dtype=dtype)
+        for rows, crop in pairs(table, input, crops):
             rows.copy_(crop)
-    return table, grid
+        yield some, table, grid
 
 
 def maps_of(
@@ -217,45 +224,85 @@ def maps_of(
     """The adjoint of pooling from a Tensor[*shape]: of the bins' gradients, Tensor[K, C, h, w]."""
     batch, channels, height, width = shape
     dtype, layout = torch.promote_types(grad.dtype, torch.float32), format_of(channels_last)
-    grid = crops_grid(bins, batch) or whole_grid(rois, batch, height, width)
-    cells = pool_adjoint(grad, grid, bins, dtype)
-    if grid.window is None:
-        maps = cells.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    else:
-        maps = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=layout).zero_()
-        for rows, crop in crops(cells, maps, rois, grid):
+    parts = list(cropped(rois, bins, shape))
+    if channels_last and sum(grid.rows for _, grid, _ in parts) > batch * height * width / 2:
+        cells = pool_adjoint(grad, whole_grid(rois, *shape), bins, dtype)
+        return cells.view(batch, height, width, channels).permute(0, 3, 1, 2).to(grad.dtype)
+    maps = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=layout).zero_()
+    for some, grid, crops in parts:
+        terms = grad[some] if isinstance(some, slice) else grad[torch.from_numpy(some).to(grad.device)]
+        for rows, crop in pairs(pool_adjoint(terms, grid, bins[some], dtype), maps, crops):
             crop.add_(rows)
-    return maps.to(grad.dtype).contiguous(memory_format=layout)
+    return maps.to(grad.dtype)
 
 
-def whole_grid(rois: Array, batch: int, height: int, width: int) -> Grid:
+def whole_grid(rois: Array, batch: int, channels: int, height: int, width: int) -> Grid:
     start = rois[:, 0].astype(np.int64) * (height * width)
     return Grid(start, np.full_like(start, width), batch * height * width)
 
 
-def crops_grid(bins: SampledBins, batch: int) -> Grid | None:
-    """A grid with a crop of its own for each RoI; None where these are more work than the maps."""
-    cells = batch * float(bins.limits[0] * bins.limits[-1])
-    if CELLS_PER_CROP * len(bins.begin) > cells:
-        return None
+class Crop(NamedTuple):
+    """Rows y … bottom - 1, columns x … right - 1 of an image."""
+
+    image: int
+    y: int
+    x: int
+    bottom: int
+    right: int
+
+
+def cropped(
+    rois: Array, bins: SampledBins, shape: tuple[int, int, int, int] | torch.Size
+) -> Iterator[tuple[Rows, Grid, list[Crop]]]:
+    """Parts of Tensor[*shape] that together have all cells which the RoIs need: (RoIs, grid of these, crops).
+
+    In a part either every RoI has a crop of its own, one after the other, or all share one of whole rows: whatever is
+    less work. So a part's memory is bounded, and the allocator can give it again: more than a few megabytes come from
+    the system every time, which takes longer than to fill them.
+    """
+    _, channels, _, width = shape
+    images = rois[:, 0].astype(np.int64)
     first, last = bins.window()
+    bands = list(row_bands(images, first[:, 0], last[:, 0] + 1, max(1, BAND_VALUES // (width * channels))))
     sides = last - first + 1
-    ends = sides.prod(axis=1).cumsum()
-    rows = int(ends[-1])
-    if 2 * rows + CELLS_PER_CROP * len(ends) > cells:
-        return None
-    stride = sides[:, 1]
-    start = ends - sides[:, 0] * stride - first[:, 0] * stride - first[:, 1]
-    return Grid(start, stride, rows, (first, last))
+    areas = sides.prod(axis=1)
+    if areas.sum() + CELLS_PER_CROP * len(rois) < width * sum(bottom - y for _, _, y, bottom in bands):
+        for some in parts_of(areas * channels, CROP_VALUES):
+            ends, stride = areas[some].cumsum(), sides[some, 1]
+            start = ends - areas[some] - first[some, 0] * stride - first[some, 1]
+            corners = np.concatenate([images[some, None], first[some], last[some] + 1], axis=1)
+            crops = [Crop(*corner) for corner in corners.tolist()]
+            yield some, Grid(start, stride, int(ends[-1]), (first[some], last[some])), crops
+    else:
+        for own, image, y, bottom in bands:
+            start = np.full(len(images[own]), -y * width)
+            grid = Grid(start, np.full_like(start, width), (bottom - y) * width, (first[own], last[own]))
+            yield own, grid, [Crop(image, y, 0, bottom, width)]
 
 
-def crops(table: Tensor, maps: Tensor, rois: Array, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of every RoI its rows of Tensor[rows, C] `table` and its crop of `maps`: Tensor[h, w, C] each."""
-    assert grid.window is not None
+def row_bands(images: Array, first: Array, end: Array, most: int) -> Iterator[tuple[Rows, int, int, int]]:
+    """Rows of an image that have all rows first … end - 1 of some RoIs: (RoIs, image, first row, end).
+
+    They are `most`, or as many as one RoI takes.
+    """
+    order = np.lexsort((first, images))
+    rows = list(zip(images[order].tolist(), first[order].tolist(), end[order].tolist(), strict=True))
+    image, y, bottom = rows[0]
+    begin = 0
+    for k, (own_image, own_first, own_end) in enumerate(rows):
+        if own_image == image and max(bottom, own_end) - y <= max(most, bottom - y):
+            bottom = max(bottom, own_end)
+        else:
+            yield np.sort(order[begin:k]), image, y, bottom
+            image, y, bottom, begin = own_image, own_first, own_end, k
+    yield np.sort(order[begin:]) if begin else slice(0, len(order)), image, y, bottom
+
+
+def pairs(table: Tensor, maps: Tensor, crops: list[Crop]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every crop its rows of Tensor[rows, C] `table` and its cells of `maps`: Tensor[h, w, C] each."""
     row = 0
-    corners = zip(*(side.tolist() for side in grid.window), strict=True)
-    for image, ((y, x), (bottom, right)) in zip(rois[:, 0].astype(int).tolist(), corners, strict=True):
-        crop = maps[image, :, y : bottom + 1, x : right + 1].permute(1, 2, 0)
+    for image, y, x, bottom, right in crops:
+        crop = maps[image, :, y:bottom, x:right].permute(1, 2, 0)
         end = row + crop.shape[0] * crop.shape[1]
         yield table[row:end].view(crop.shape), crop
         row = end

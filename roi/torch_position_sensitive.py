@@ -110,7 +110,7 @@ def means(input: Tensor, rois: Tensor, pooled_height: int, pooled_width: int, bi
     count, channels = pooled_height * pooled_width, output.shape[1]
     maps = input.reshape(batch, channels, count, height, width).permute(0, 3, 4, 2, 1)
     table = maps.to(torch.promote_types(input.dtype, torch.float32)).contiguous().view(-1, channels)
-    pool(table, grid_of_bins(boxes, batch, height, width, count), bins, output)
+    pool(table, grid_of_bins(boxes, batch, height, width, count), bins, output, slice(0, len(boxes)))
     if invalid is not None:
         output[invalid] = torch.nan
     return output
@@ -135,5 +135,5 @@ def means_adjoint(
 
 
 def grid_of_bins(boxes: Array, batch: int, height: int, width: int, count: int) -> Grid:
-    cells = whole_grid(boxes, batch, height, width)
+    cells = whole_grid(boxes, batch, 1, height, width)
     return cells._replace(rows=cells.rows * count, bins=count)

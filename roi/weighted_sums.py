@@ -20,7 +20,7 @@ from roi.layout import memory_format
 LOOKUPS_AT_ONCE = 2**20
 VALUES_PER_LOOKUP = 16  # channels that take as much memory as a lookup does, with its temporaries
 VALUES_AT_ONCE = VALUES_PER_LOOKUP * LOOKUPS_AT_ONCE
-VALUES_IN_CACHE = 2**18  # about what stays in a core's cache
+VALUES_IN_CACHE = 2**19  # of a chunk that is copied, or transposed, to its place in the output
 LOOKUPS_PER_GROUP = 2**15  # that are summed up in the time that it takes to begin with another group of RoIs
 
 
@@ -45,11 +45,11 @@ class Lookups(NamedTuple):
     empty: Tensor | None  # [bins] of bool: those to be 0 whatever their lookups are
 
 
-def pool(table: Tensor, grid: Grid, bins: BinWeights, output: Tensor, places: Array | None = None) -> None:
+def pool(table: Tensor, grid: Grid, bins: BinWeights, output: Tensor, places: Rows) -> None:
     """Fills `output`, Tensor[·, C, h, w], with sums of the rows of Tensor[rows, C] `table`; C > 0.
 
     Args:
-        places: of the K RoIs in `output`; None where they are all its rows.
+        places: of the K RoIs in `output`.
     """
     channels, size = output.shape[1], output.shape[2] * output.shape[3]
     channels_last = memory_format(output) is torch.channels_last
@@ -61,7 +61,7 @@ def pool(table: Tensor, grid: Grid, bins: BinWeights, output: Tensor, places: Ar
             for part, few in zip(split(some, step), split_bins(looked_up, step * size), strict=True):
                 sums = bag_sums(table, few).view(-1, size, channels)
                 sums = sums if channels_last else sums.transpose(1, 2)
-                place = part if places is None else places[part]
+                place = taken(places, part)
                 if isinstance(place, slice):
                     target[place].copy_(sums)
                 else:
@@ -88,12 +88,10 @@ def pool_adjoint(grad: Tensor, grid: Grid, bins: BinWeights, dtype: torch.dtype)
     """Every cell's sum over its bins of their gradients, Tensor[K, C, h, w], weighted: Tensor[rows, C] of `dtype`."""
     channels, size = grad.shape[1], grad.shape[2] * grad.shape[3]
     cost = size * (bins.sizes.prod(axis=1) + channels // VALUES_PER_LOOKUP)
-    part = cost.cumsum() // max(LOOKUPS_AT_ONCE, VALUES_PER_LOOKUP * grid.rows)
-    ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(part)]
     total: Tensor | None = None
-    for begin, end in zip([0, *ends], ends, strict=False):
-        terms = grad[begin:end].permute(0, 2, 3, 1).to(dtype).contiguous().view(-1, channels)
-        sums = part_adjoint(terms, grid, slice(begin, end), bins, size)
+    for part in parts_of(cost, max(LOOKUPS_AT_ONCE, VALUES_PER_LOOKUP * grid.rows)):
+        terms = grad[part].permute(0, 2, 3, 1).to(dtype).contiguous().view(-1, channels)
+        sums = part_adjoint(terms, grid, part, bins, size)
         total = sums if total is None else total.add_(sums)
     assert total is not None
     return total
@@ -179,10 +177,25 @@ def groups(bins: BinWeights, part: slice, size: int) -> list[tuple[tuple[int, in
     return [(divmod(kind, 2**31), np.flatnonzero(key == kind) + part.start) for kind in kinds]
 
 
+def parts_of(cost: Array, limit: int) -> Iterator[slice]:
+    """RoIs one after the other, as many at once as cost about `limit` together, or one that costs more."""
+    part = cost.cumsum() // limit
+    ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(part)]
+    for start, stop in zip([0, *ends], ends, strict=False):
+        yield slice(start, stop)
+
+
 def at_once(bins: BinWeights, rois: Rows, entries_size: tuple[int, int], size: int) -> int:
     """How many of some RoIs, of one group, to work out the lookups of together."""
     rows, columns = entries_size
     return max(1, LOOKUPS_AT_ONCE // max(size * rows * columns, bins.numbers(rois, entries_size)))
+
+
+def taken(rois: Rows, some: Rows) -> Rows:
+    """Those of some RoIs that are at `some` places among them."""
+    if isinstance(rois, slice):
+        return slice(rois.start + some.start, rois.start + some.stop) if isinstance(some, slice) else rois.start + some
+    return rois[some]
 
 
 def split(rois: Rows, step: int) -> Iterator[Rows]:

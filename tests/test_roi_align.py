@@ -180,6 +180,8 @@ def test_ways_and_chunks_of_any_size_give_the_same(
             for value in limit:
                 for name in ("LOOKUPS_AT_ONCE", "VALUES_AT_ONCE", "VALUES_IN_CACHE", "LOOKUPS_PER_GROUP"):
                     monkeypatch.setattr(weighted_sums, name, value)
+                    monkeypatch.setattr(torch_align, "BAND_VALUES", 100 * value)
+                    monkeypatch.setattr(torch_align, "CROP_VALUES", 100 * value)
             monkeypatch.setattr(torch_align, "CELLS_PER_CROP", crops)
             output = roi_align(input, rois, (4, 3), 1 / 4, ratio)
             (gradient,) = torch.autograd.grad(output.square().sum(), input)
