@@ -11,6 +11,7 @@ from setuptools import setup
 CUDA12 = ["cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"]
 CUDA13 = ["cupy-cuda13x", "nvidia-cuda-nvrtc>=13", "nvidia-cuda-runtime>=13"]
 DEMO = ["pillow", "matplotlib"]
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
 
 setup(
     name="fpn-roi",
@@ -27,8 +28,9 @@ setup(
         "cuda13": CUDA13,
         "demo": DEMO,
         "safetensors": ["safetensors"],
+        "onnx": ONNX,
         # There are no CUDA wheels for macOS; the tests that need them skip.
-        "test": ["pytest", "timm", "safetensors", *DEMO, *(f"{name}; platform_system != 'Darwin'" for name in CUDA12)],
+        "test": ["pytest", "timm", "safetensors", *ONNX, *DEMO, *(f"{name}; platform_system != 'Darwin'" for name in CUDA12)],
         "lint": ["ruff", "mypy"],
     },
     packages=["fpn", "roi", "roi.cupy_path", "roi.kernels"],
