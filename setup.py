@@ -30,7 +30,14 @@ setup(
         "safetensors": ["safetensors"],
         "onnx": ONNX,
         # There are no CUDA wheels for macOS; the tests that need them skip.
-        "test": ["pytest", "timm", "safetensors", *ONNX, *DEMO, *(f"{name}; platform_system != 'Darwin'" for name in CUDA12)],
+        "test": [
+            "pytest",
+            "timm",
+            "safetensors",
+            *ONNX,
+            *DEMO,
+            *(f"{name}; platform_system != 'Darwin'" for name in CUDA12),
+        ],
         "lint": ["ruff", "mypy"],
     },
     packages=["fpn", "roi", "roi.cupy_path", "roi.kernels"],
