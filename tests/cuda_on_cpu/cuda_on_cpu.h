@@ -62,11 +62,15 @@ namespace roi {
 alignas(16) inline unsigned char shared_bytes[cuda_on_cpu::kSharedBytes];
 }  // namespace roi
 
-inline void __syncthreads() {
-#ifndef CUDA_ON_CPU_WITHOUT_BARRIER  // a fault that a test plants
-    cuda_on_cpu::block_barrier->arrive_and_wait();
+#ifdef CUDA_ON_CPU_WITHOUT_BARRIER  // a fault that a test plants
+inline void __syncthreads() {}
+// What is read too early is an empty range: followed as an index, it would end the program before the race is reported.
+constexpr int kUnwritten = 0;
+#else
+inline void __syncthreads() { cuda_on_cpu::block_barrier->arrive_and_wait(); }
+// Not a value of another block: a kernel that reads shared memory it did not write must not work by luck.
+constexpr int kUnwritten = 0xa5;
 #endif
-}
 
 template <typename Number> Number atomicAdd(Number* address, Number value) {
 #ifdef CUDA_ON_CPU_WITHOUT_ATOMICS  // a fault that a test plants
@@ -107,9 +111,7 @@ template <typename Body> void launch(dim3 grid, dim3 block, std::size_t shared_b
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; ++x) {
                 blockIdx = {x, y, 0};
-                // Not a value of another block: a kernel that reads shared memory it did not write must not work by
-                // luck.
-                if (thread == 0) std::memset(roi::shared_bytes, 0xa5, shared_bytes);
+                if (thread == 0) std::memset(roi::shared_bytes, kUnwritten, shared_bytes);
                 between_blocks.arrive_and_wait();
                 body();
                 between_blocks.arrive_and_wait();
