@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from roi.layout import argmax_format, empty_argmax, empty_pooled
 def roi_pool(
     input: Tensor, windows: Integers, pooled_height: int, pooled_width: int, with_argmax: bool
 ) -> tuple[Tensor, Tensor]:
-    """RoI max pooling: the output, and the argmax or Tensor[0], as `torch_path.roi_pool` says.
+    """RoI max pooling: the output, and the argmax or Tensor[0], as `torch_pool.roi_pool` says.
 
     Args:
         input: Tensor[N, C, H, W].
@@ -24,9 +25,13 @@ def roi_pool(
         with_argmax: whether the argmax is wanted.
     """
     height, width = input.shape[2:]
-    cells = torch.arange(height * width, device=input.device).view(height, width)
+    # On the CPU the pooling of channels_last crops is vectorised, and some ten times as fast.
+    crop_format = argmax_format(input)
     output = empty_pooled(input, len(windows), pooled_height, pooled_width)
-    argmax = empty_argmax(input, output, with_argmax, argmax_format(input))
+    argmax = empty_argmax(input, output, with_argmax, crop_format)
+    if cells_cropped(windows, height, width) > len(input) * height * width:
+        input = input.contiguous(memory_format=crop_format)
+    cells = torch.arange(height * width, dtype=argmax.dtype, device=input.device).view(height, width)
     for k, (image, y, x, h, w) in enumerate(windows.tolist()):
         rows = clipped_side(y, h, pooled_height, height)
         columns = clipped_side(x, w, pooled_width, width)
@@ -35,14 +40,26 @@ def roi_pool(
             argmax[k : k + 1] = -1
         if not rows.bins or not columns.bins:
             continue
-        crop = input[image : image + 1, :, rows.cells][..., columns.cells]
+        crop = cropped(input[image : image + 1], rows.cells, columns.cells).contiguous(memory_format=crop_format)
         size = (len(rows.bins), len(columns.bins))
         bins = (slice(k, k + 1), slice(None), as_slice(rows.bins), as_slice(columns.bins))
         maximum, index = F.adaptive_max_pool2d(crop, size, return_indices=True)
         output[bins] = maximum
         if with_argmax:
-            argmax[bins] = cells[rows.cells][:, columns.cells].take(index).to(argmax.dtype)
+            places = cropped(cells, rows.cells, columns.cells).flatten()
+            places = places.index_select(0, index.permute(0, 2, 3, 1).flatten())
+            argmax[bins] = places.view(1, *size, -1).permute(0, 3, 1, 2)
     return output, argmax
+
+
+def cells_cropped(windows: Integers, height: int, width: int) -> int:
+    return int((np.minimum(windows[:, 3], height) * np.minimum(windows[:, 4], width)).sum())
+
+
+def cropped(maps: Tensor, rows: slice | list[int], columns: slice | list[int]) -> Tensor:
+    if isinstance(rows, slice) and isinstance(columns, slice):
+        return maps[..., rows, columns]
+    return maps[..., rows, :][..., columns]
 
 
 def as_slice(numbers: range) -> slice:

@@ -12,7 +12,7 @@ from roi import backend as backends
 from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
 from roi.layout import argmax_format, empty_argmax, empty_gradient, empty_pooled, format_of, memory_format
 from roi.operators import check_rois, register
-from roi.torch_path import roi_pool_gather
+from roi.torch_pool import roi_pool_gather
 
 
 def roi_pool(
@@ -106,10 +106,8 @@ def _roi_pool_backward(
     channels_last: bool,
     backend: str,
 ) -> Tensor:
-    args = (grad, rois, argmax, scale, batch, channels, height, width)
-    grad_input: Tensor = backends.run("roi_pool_backward", grad.device, backend, *args)
-    # The paths go by argmax, whose format is ambiguous where it has one bin or no RoI.
-    return grad_input.contiguous(memory_format=format_of(channels_last))
+    args = (grad, rois, argmax, scale, batch, channels, height, width, channels_last)
+    return cast(Tensor, backends.run("roi_pool_backward", grad.device, backend, *args))
 
 
 def _fake_roi_pool(

@@ -50,7 +50,7 @@ def has_negative_zero(input: Tensor) -> bool:
 
 
 def roi_pool(input: Tensor, bins: Bins, with_argmax: bool) -> tuple[Tensor, Tensor]:
-    """RoI max pooling: the output, and the argmax or Tensor[0], as `torch_path.roi_pool` says.
+    """RoI max pooling: the output, and the argmax or Tensor[0], as `torch_pool.roi_pool` says.
 
     `input` is a Tensor[N, C, H, W] that it `serves`, not empty.
     """

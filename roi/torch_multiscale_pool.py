@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roi.layout import argmax_format, empty_pooled, empty_pyramid_argmax, format_of
+from roi.layout import argmax_format, empty_pooled, empty_pyramid_argmax
 from roi.levels import map_levels
-from roi.torch_path import roi_pool, roi_pool_backward, roi_pool_gather
+from roi.torch_pool import roi_pool, roi_pool_backward, roi_pool_gather
 
 
 def multiscale_roi_pool(
@@ -66,8 +66,7 @@ def multiscale_roi_pool_backward(
     for index, (height, width) in enumerate(zip(heights, widths, strict=True)):
         own = (level == index).nonzero().flatten()
         shape = batch, channels, height, width
-        gradient = roi_pool_backward(grad[own], rois[own], argmax[own], scales[index], *shape)
-        gradients.append(gradient.contiguous(memory_format=format_of(channels_last)))
+        gradients.append(roi_pool_backward(grad[own], rois[own], argmax[own], scales[index], *shape, channels_last))
     return gradients
 
 

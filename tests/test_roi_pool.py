@@ -12,10 +12,9 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from roi import RoIPool, adaptive_max, roi_pool, sparse_max, torch_path
+from roi import RoIPool, adaptive_max, roi_pool, sparse_max, torch_path, torch_pool
 from roi.bins import Bins, roi_windows, round_half_away
 from roi.covers import Cells, Rectangles, cheapest
-from roi.torch_path import few
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
@@ -107,11 +106,12 @@ def test_reference_with_special_values_and_wild_boxes(
 @layouts
 @dtypes
 @pytest.mark.parametrize("output_size", [(1, 1), (7, 7), (3, 5)])
-def test_gradient_is_the_reference_in_float64(dtype, layout, output_size: tuple[int, int]) -> None:
-    shape = (2, 6, 13, 17)
+@pytest.mark.parametrize("count", [2, 50])
+def test_gradient_is_the_reference_in_float64(dtype, layout, count: int, output_size: tuple[int, int]) -> None:
+    shape = (3, 6, 13, 17)
     torch.manual_seed(0)
     input = features(shape, dtype, special=False).contiguous(memory_format=layout).requires_grad_()
-    rois = ordinary_boxes(50, 2, 13, 17)
+    rois = ordinary_boxes(count, 2, 13, 17)  # none of the third image
     output = roi_pool(input, rois, output_size)
     grad = torch.randn(output.shape, dtype=torch.float64).to(dtype)
     output.backward(grad)
@@ -181,11 +181,15 @@ def test_small_bins_are_read_cell_by_cell(side: int, channels: int, expected: ty
     assert isinstance(cheapest(bins, torch.Size([1, 50, 84, channels])), expected)
 
 
-@pytest.mark.parametrize(("count", "layout", "expected"), [(2, 0, True), (512, 0, False), (2, 1, False)])
-def test_a_contiguous_map_is_not_converted_for_few_rois(count: int, layout: int, expected: bool) -> None:
-    rois = around(count, 1, 16, 50, 84).numpy()
-    bins = Bins.of(roi_windows(rois, 1 / 16), 7, 7, 50, 84)
-    assert few(bins, torch.zeros(1, 256, 50, 84).contiguous(memory_format=LAYOUTS[layout])) == expected
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("count", "with_argmax", "expected"), [(1, False, True), (512, False, False), (100, True, True)]
+)
+def test_the_map_is_not_prepared_for_few_rois(count: int, with_argmax: bool, expected: bool, layout) -> None:
+    windows = roi_windows(around(count, 1, 16, 50, 84).numpy(), 1 / 16)
+    assert (
+        torch_pool.few(windows, torch.zeros(1, 256, 50, 84).contiguous(memory_format=layout), with_argmax) == expected
+    )
 
 
 def test_the_table_is_bounded() -> None:
@@ -211,7 +215,7 @@ def test_parts_of_any_size_give_the_same(limit: int, layout, monkeypatch) -> Non
         )
 
     *expected, gradient = outcome()
-    for module in (sparse_max, torch_path):
+    for module in (sparse_max, torch_pool):
         for name in [name for name in vars(module) if name.endswith("_AT_ONCE")]:
             monkeypatch.setattr(module, name, limit)
     *actual, sums = outcome()
@@ -429,8 +433,11 @@ def test_no_image_is_no_row() -> None:
     output, argmax = torch_path.roi_pool(input, rois, 1.0, 2, 2, True)
     assert output.isnan().all()
     assert (argmax == -1).all()
-    assert torch_path.roi_pool_backward(torch.ones_like(output), rois, argmax, 1.0, *input.shape).shape == input.shape
-    assert not torch_path.roi_pool_gather(input, rois, argmax).any()
+    assert (
+        torch_path.roi_pool_backward(torch.ones_like(output), rois, argmax, 1.0, *input.shape, False).shape
+        == input.shape
+    )
+    assert not torch_pool.roi_pool_gather(input, rois, argmax).any()
 
 
 def test_no_argmax_without_a_gradient() -> None:

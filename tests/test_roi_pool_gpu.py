@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from roi import cupy_path
-from roi.layout import memory_format
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
@@ -40,6 +39,10 @@ def deterministic() -> Iterator[None]:
 def boxes_for(shape: tuple[int, int, int, int], scale: float) -> Tensor:
     height, width = shape[2] / scale, shape[3] / scale
     return torch.cat([hostile_boxes(shape[0], height, width), ordinary_boxes(300, shape[0], height, width)])
+
+
+def is_last(layout: torch.memory_format) -> bool:
+    return layout is torch.channels_last
 
 
 def workload(device: str = "cuda", layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor]:
@@ -76,11 +79,13 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
     for ordered in (False, True):
         torch.use_deterministic_algorithms(ordered)
         try:
-            gradient = cupy_path.roi_pool_backward(grad.cuda(), rois, argmax, scale, *shape)
+            gradient = cupy_path.roi_pool_backward(
+                grad.cuda(), rois, argmax, scale, *shape, layout is torch.channels_last
+            )
         finally:
             torch.use_deterministic_algorithms(False)
         assert torch.equal(gradient.cpu().double(), summed)
-        assert gradient.is_contiguous(memory_format=memory_format(argmax))
+        assert gradient.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.torchvision
@@ -100,7 +105,9 @@ def test_matches_torchvision(layout):
     output, argmax = cupy_path.roi_pool(input, rois, SCALE, *SIZE, True)
     assert same_bits(output, expected.detach())
     expected.sum().backward()
-    gradient = cupy_path.roi_pool_backward(torch.ones_like(output), rois, argmax, SCALE, *input.shape)
+    gradient = cupy_path.roi_pool_backward(
+        torch.ones_like(output), rois, argmax, SCALE, *input.shape, layout is torch.channels_last
+    )
     assert torch.equal(gradient, leaf.grad)
 
 
@@ -111,10 +118,10 @@ def test_deterministic_backward_repeats_bit_for_bit(dtype, layout):
     input, rois = workload(layout=layout)
     _, argmax = cupy_path.roi_pool(input, rois, SCALE, *SIZE, True)
     grad = torch.randn(argmax.shape, device="cuda").to(dtype)
-    runs = [cupy_path.roi_pool_backward(grad, rois, argmax, SCALE, *input.shape) for _ in range(5)]
+    runs = [cupy_path.roi_pool_backward(grad, rois, argmax, SCALE, *input.shape, is_last(layout)) for _ in range(5)]
     assert all(torch.equal(run, runs[0]) for run in runs)
     torch.use_deterministic_algorithms(False)
-    atomic = cupy_path.roi_pool_backward(grad, rois, argmax, SCALE, *input.shape)
+    atomic = cupy_path.roi_pool_backward(grad, rois, argmax, SCALE, *input.shape, is_last(layout))
     torch.testing.assert_close(atomic, runs[0])
 
 
@@ -142,7 +149,7 @@ def test_cuda_graph_capture_and_replay(layout):
 
     def step() -> tuple[Tensor, Tensor]:
         output, argmax = cupy_path.roi_pool(input, rois, SCALE, *SIZE, True)
-        gradient = cupy_path.roi_pool_backward(grad, rois, argmax, SCALE, *input.shape)
+        gradient = cupy_path.roi_pool_backward(grad, rois, argmax, SCALE, *input.shape, is_last(layout))
         return output, gradient
 
     side = torch.cuda.Stream()

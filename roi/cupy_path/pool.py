@@ -23,10 +23,17 @@ def roi_pool(
 
 
 def roi_pool_backward(
-    grad: Tensor, rois: Tensor, argmax: Tensor, spatial_scale: float, batch: int, channels: int, height: int, width: int
+    grad: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    spatial_scale: float,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
 ) -> Tensor:
-    """`multiscale_roi_pool_backward` for one map, in the memory format of `argmax`."""
-    channels_last = memory_format(argmax) is torch.channels_last
+    """`multiscale_roi_pool_backward` for one map."""
     (gradient,) = multiscale_roi_pool_backward(
         grad, rois, argmax, [spatial_scale], *launch.ONE_LEVEL, batch, channels, [height], [width], channels_last
     )
