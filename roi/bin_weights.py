@@ -137,7 +137,8 @@ def sampled_bins(
         smallest: size in cells that a RoI has at least; None: it may be empty or reversed.
     """
     axis, place, bins, limits = line_constants(pooled_height, pooled_width, height, width, rois.dtype)
-    corners = np.clip(rois[:, 1:] * rois.dtype.type(spatial_scale), -MAX_CELL, MAX_CELL)
+    with np.errstate(over="ignore"):  # far boxes may become infinite, and saturate
+        corners = np.clip(rois[:, 1:] * rois.dtype.type(spatial_scale), -MAX_CELL, MAX_CELL)
     corners = (corners - offset).reshape(-1, 2, 2)[:, :, ::-1]  # [K, ends, (y, x)]
     begin, length = corners[:, 0], corners[:, 1] - corners[:, 0]
     if smallest is not None:
@@ -162,13 +163,15 @@ def visited_samples(begin: Array, length: Array, grid: Array, limits: Array, poo
     """Of adaptive sampling, whose samples are in order: the first of each line that can lie on the map, [K, lines],
     and how many of a line's can, at most, of each side: [K, 2], at least 1. A few that cannot may be among them.
     """
-    step = np.maximum(
-        length / np.maximum(grid, 1), 0.25
-    )  # where a bin has several, they are half a cell to a cell apart
-    low, high = (-1 - begin) / step, (limits - begin) / step
-    slack = 1.5 + 8 * np.finfo(step.dtype).eps * (np.abs(low) + np.abs(high))  # beyond the error of a sample's place
-    first = np.clip(np.floor(low - slack), 0, grid)
-    count = np.clip(np.ceil(high + slack), 0, grid) - first
+    # Where a bin has several samples, they are half a cell to a cell apart.
+    step = np.maximum(length / np.maximum(grid, 1), 0.25)
+    with np.errstate(over="ignore", invalid="ignore"):  # of far boxes, whose samples all lie off the map
+        low, high = (-1 - begin) / step, (limits - begin) / step
+        slack = 1.5 + 8 * np.finfo(step.dtype).eps * (
+            np.abs(low) + np.abs(high)
+        )  # beyond the error of a sample's place
+        first = np.clip(np.floor(low - slack), 0, grid)
+        count = np.clip(np.ceil(high + slack), 0, grid) - first
     sides = np.stack([count[:, :pooled_height].max(axis=1), count[:, pooled_height:].max(axis=1)], axis=1)
     return first, np.maximum(sides, 1).astype(np.int64)
 

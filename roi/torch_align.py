@@ -285,17 +285,20 @@ def row_bands(images: Array, first: Array, end: Array, most: int) -> Iterator[tu
 
     They are `most`, or as many as one RoI takes.
     """
-    order = np.lexsort((first, images))
-    rows = list(zip(images[order].tolist(), first[order].tolist(), end[order].tolist(), strict=True))
-    image, y, bottom = rows[0]
-    begin = 0
-    for k, (own_image, own_first, own_end) in enumerate(rows):
-        if own_image == image and max(bottom, own_end) - y <= max(most, bottom - y):
+    for image in np.unique(images).tolist():
+        own = np.flatnonzero(images == image)
+        y, bottom = int(first[own].min()), int(end[own].max())
+        if bottom - y <= most:
+            yield own if len(own) < len(images) else slice(0, len(images)), image, y, bottom
+            continue
+        order = own[first[own].argsort(kind="stable")]
+        begin, y, bottom = 0, int(first[order[0]]), 0
+        for k, (own_first, own_end) in enumerate(zip(first[order].tolist(), end[order].tolist(), strict=True)):
+            if k > begin and max(bottom, own_end) - y > max(most, bottom - y):
+                yield np.sort(order[begin:k]), image, y, bottom
+                begin, y, bottom = k, own_first, 0
             bottom = max(bottom, own_end)
-        else:
-            yield np.sort(order[begin:k]), image, y, bottom
-            image, y, bottom, begin = own_image, own_first, own_end, k
-    yield np.sort(order[begin:]) if begin else slice(0, len(order)), image, y, bottom
+        yield np.sort(order[begin:]), image, y, bottom
 
 
 def pairs(table: Tensor, maps: Tensor, crops: list[Crop]) -> Iterator[tuple[Tensor, Tensor]]:

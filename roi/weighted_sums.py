@@ -20,7 +20,7 @@ from roi.layout import memory_format
 LOOKUPS_AT_ONCE = 2**20
 VALUES_PER_LOOKUP = 16  # channels that take as much memory as a lookup does, with its temporaries
 VALUES_AT_ONCE = VALUES_PER_LOOKUP * LOOKUPS_AT_ONCE
-VALUES_IN_CACHE = 2**19  # for each thread, of a chunk that is copied, or transposed, to its place in the output
+VALUES_PER_THREAD = 2**21  # of a chunk that is copied, or transposed, to its place in the output
 LOOKUPS_PER_GROUP = 2**15  # that are summed up in the time that it takes to begin with another group of RoIs
 
 
@@ -54,7 +54,8 @@ def pool(table: Tensor, grid: Grid, bins: BinWeights, output: Tensor, places: Ro
     channels, size = output.shape[1], output.shape[2] * output.shape[3]
     channels_last = memory_format(output) is torch.channels_last
     target = output.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else output.flatten(2)
-    step = max(1, torch.get_num_threads() * VALUES_IN_CACHE // (size * channels))
+    values = min(torch.get_num_threads() * VALUES_PER_THREAD, VALUES_AT_ONCE)
+    step = max(1, values // (size * channels))
     for entries_size, rois in groups(bins, slice(0, len(grid.start)), size):
         for some in split(rois, at_once(bins, rois, entries_size, size)):
             looked_up = lookups(grid, some, bins.entries(some, entries_size), table)
@@ -81,7 +82,7 @@ def pool_at_once(table: Tensor, grid: Grid, bins: BinWeights, height: int, width
 def bag_sums(table: Tensor, looked_up: Lookups) -> Tensor:
     """Tensor[bins, C] of Tensor[rows, C]."""
     sums = F.embedding_bag(looked_up.cells, table, mode="sum", per_sample_weights=looked_up.weights)
-    return sums if looked_up.empty is None else sums.masked_fill_(looked_up.empty[:, None], 0)
+    return sums if looked_up.empty is None else sums.index_fill_(0, looked_up.empty.nonzero().flatten(), 0)
 
 
 def pool_adjoint(grad: Tensor, grid: Grid, bins: BinWeights, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ def test_ways_and_chunks_of_any_size_give_the_same(
     for limit in limits:
         for crops in (0, 10**9):  # crops wherever they fit, never
             for value in limit:
-                for name in ("LOOKUPS_AT_ONCE", "VALUES_AT_ONCE", "VALUES_IN_CACHE", "LOOKUPS_PER_GROUP"):
+                for name in ("LOOKUPS_AT_ONCE", "VALUES_AT_ONCE", "VALUES_PER_THREAD", "LOOKUPS_PER_GROUP"):
                     monkeypatch.setattr(weighted_sums, name, value)
                     monkeypatch.setattr(torch_align, "BAND_VALUES", 100 * value)
                     monkeypatch.setattr(torch_align, "CROP_VALUES", 100 * value)
@@ -421,3 +422,22 @@ def test_every_run_and_number_of_threads_give_the_same_gradient() -> None:
     torch.set_num_threads(threads)
     assert same_bits(gradients[1], gradients[0])
     assert same_bits(gradients[2], gradients[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("ratio", [-1, 2, 9])
+def test_far_boxes_warn_of_nothing(ratio: int, scale: float, dtype: torch.dtype) -> None:
+    """NumPy speaks of what overflows; that saturates, and is no concern of the user's."""
+    most = torch.finfo(dtype).max
+    corners = [[-most, -most, most, most], [most] * 4, [-most] * 4, [0, 0, most, most], [most, 0, -most, 5]]
+    rois = torch.tensor([[0.0, *corner] for corner in corners], dtype=dtype)
+    input = torch.ones(1, 2, 13, 17, dtype=dtype, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for aligned in (False, True):
+            for some in (rois, *rois.split(1)):
+                output = roi_align(input, some, 3, scale, ratio, aligned)
+                (gradient,) = torch.autograd.grad(output.sum(), input)
+                assert output.isfinite().all()
+                assert gradient.isfinite().all()
