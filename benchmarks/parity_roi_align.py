@@ -78,7 +78,7 @@ def comparable(case: Case) -> Tensor:
     if case.operator == "ps_roi_align" and case.ratio <= 0:
         return ((height * scale / case.bins[0]).ceil() != 0) & ((width * scale / case.bins[1]).ceil() != 0)
     if case.operator == "ps_roi_pool":
-        heights, widths = (np.maximum(side.numpy() - 1, 1) for side in roi_windows(rois, scale)[:, 3:].unbind(1))
+        heights, widths = np.maximum(roi_windows(rois.numpy(), scale)[:, 3:] - 1, 1).T
         exact = sizes_exact(heights, case.bins[0], np.float64) & sizes_exact(widths, case.bins[1], np.float64)
         return torch.from_numpy(exact)
     return torch.ones(len(rois), dtype=torch.bool)

@@ -17,6 +17,7 @@ from roi.weighted_sums import Grid, parts_of, pool, pool_adjoint, pool_at_once
 CELLS_PER_CROP = 32  # that are copied in the time that it takes to begin with a crop
 CROP_VALUES = 2**19  # of the crops of a few RoIs, each its own
 BAND_VALUES = 2**23  # of a crop that many RoIs share
+CHANNELS_AT_ONCE = 32  # of a large crop: as many planes as the cache can read from together
 
 
 def roi_align(
@@ -214,7 +215,9 @@ def tables(input: Tensor, rois: Array, bins: SampledBins) -> Iterator[tuple[Rows
     for some, grid, crops in cropped(rois, bins, input.shape):
         table = input.new_empty((grid.rows, channels), dtype=dtype)
         for rows, crop in pairs(table, input, crops):
-            rows.copy_(crop)
+            step = CHANNELS_AT_ONCE if crop.numel() > CROP_VALUES else channels
+            for first in range(0, channels, step):
+                rows[..., first : first + step].copy_(crop[..., first : first + step])
         yield some, table, grid
 
 

@@ -66,7 +66,7 @@ def pool(table: Tensor, grid: Grid, bins: BinWeights, output: Tensor, places: Ro
                 if isinstance(place, slice):
                     target[place].copy_(sums)
                 else:
-                    target.index_copy_(0, torch.from_numpy(place).to(target.device), sums.to(target.dtype))
+                    target[torch.from_numpy(place).to(target.device)] = sums.to(target.dtype)
 
 
 def pool_at_once(table: Tensor, grid: Grid, bins: BinWeights, height: int, width: int) -> Tensor | None:
