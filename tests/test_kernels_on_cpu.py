@@ -55,6 +55,12 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def pool_backward(grad: Tensor, rois: Tensor, argmax: Tensor, scale: float, shape: tuple[int, int, int, int]) -> Tensor:
+    """In the format of `argmax`, which is that of the features."""
+    channels_last = memory_format(argmax) is torch.channels_last
+    return cupy_path.roi_pool_backward(grad, rois, argmax, scale, *shape, channels_last)
+
+
 def boxes_for(shape: tuple[int, int, int, int], scale: float, dtype: torch.dtype) -> Tensor:
     height, width = shape[2] / scale, shape[3] / scale
     return torch.cat([hostile_boxes(shape[0], height, width), ordinary_boxes(20, shape[0], height, width)]).to(dtype)
@@ -105,7 +111,7 @@ def test_backward(ordered, dtype, coordinates, layout, case, request, on_cpu):
     assert expected.abs().max() <= 128
 
     argmax = argmax.int().contiguous(memory_format=layout)
-    actual = cupy_path.roi_pool_backward(grad, rois, argmax, scale, *shape)
+    actual = pool_backward(grad, rois, argmax, scale, shape)
     assert actual.dtype == dtype
     assert actual.is_contiguous(memory_format=memory_format(argmax))
     assert torch.equal(actual.double(), expected)
@@ -124,7 +130,7 @@ def test_deterministic_backward_adds_in_the_order_of_boxes_and_bins(dtype, layou
     grad = torch.randn(argmax.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     expected = torch.from_numpy(reference.roi_pool_backward(grad.numpy(), rois.numpy(), argmax.numpy(), shape))
     argmax = argmax.int().contiguous(memory_format=layout)
-    actual = cupy_path.roi_pool_backward(grad, rois, argmax, scale, *shape)
+    actual = pool_backward(grad, rois, argmax, scale, shape)
     assert same_bits(actual, expected + 0.0)
 
 
@@ -149,7 +155,7 @@ def test_every_cell_of_a_box_belongs_to_the_bins_that_the_gather_looks_at(size):
     output, argmax = cupy_path.roi_pool(input, rois, 1.0, *size, True)
     taken = argmax[argmax >= 0].long()
     expected = torch.bincount(taken, minlength=6 * 130).double()
-    actual = cupy_path.roi_pool_backward(torch.ones_like(output), rois, argmax, 1.0, *shape)
+    actual = pool_backward(torch.ones_like(output), rois, argmax, 1.0, shape)
     assert torch.equal(actual.flatten(), expected)
 
 
@@ -163,7 +169,7 @@ def test_positions_off_the_map_are_ignored(ordered, layout, request):
     rois = torch.tensor([[0, 0.0, 0.0, 4.0, 3.0], [1, 0.0, 0.0, 4.0, 3.0]])
     argmax = torch.tensor([20, 21, -2, -(2**31), 2**31 - 1, 10**6], dtype=torch.int32)
     argmax = argmax.expand(2, 3, 6).reshape(2, 3, 2, 3).contiguous(memory_format=layout)
-    actual = cupy_path.roi_pool_backward(torch.ones(argmax.shape), rois, argmax, 1.0, *shape)
+    actual = pool_backward(torch.ones(argmax.shape), rois, argmax, 1.0, shape)
     assert torch.equal(actual, torch.zeros(shape))
 
 
@@ -183,7 +189,7 @@ def test_positions_of_64_bits(ordered, layout, monkeypatch, request, on_cpu):
     assert torch.equal(argmax, positions)
     grad = torch.ones_like(output)
     expected = reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
-    actual = cupy_path.roi_pool_backward(grad, rois, argmax, scale, *shape)
+    actual = pool_backward(grad, rois, argmax, scale, shape)
     assert torch.equal(actual.double(), torch.from_numpy(expected))
     assert all("long long" in name for name in on_cpu.launched)
 
@@ -203,7 +209,7 @@ def test_with_as_many_threads_as_on_a_device(dtype, layout, monkeypatch):
     assert torch.equal(argmax.long(), positions)
     grad = torch.ones_like(output)
     expected = reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
-    actual = cupy_path.roi_pool_backward(grad, rois, argmax, scale, *shape)
+    actual = pool_backward(grad, rois, argmax, scale, shape)
     assert torch.equal(actual.double(), torch.from_numpy(expected))
 
 
@@ -238,8 +244,8 @@ def test_boxes_and_gradients_of_another_layout():
     output, argmax = cupy_path.roi_pool(input, strided, 1.0, 3, 3, True)
     assert same_bits(output, cupy_path.roi_pool(input, rois, 1.0, 3, 3, False)[0])
     grad = torch.ones(()).expand_as(output)
-    actual = cupy_path.roi_pool_backward(grad, strided, argmax, 1.0, *shape)
-    expected = cupy_path.roi_pool_backward(torch.ones_like(output), rois, argmax, 1.0, *shape)
+    actual = pool_backward(grad, strided, argmax, 1.0, shape)
+    expected = pool_backward(torch.ones_like(output), rois, argmax, 1.0, shape)
     assert torch.equal(actual, expected)
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
@@ -267,7 +273,7 @@ def test_empty(shape, boxes, value, ordered, request, on_cpu):
     else:
         assert same_bits(output, torch.full_like(output, value))
         assert (argmax == -1).all()
-    grad_input = cupy_path.roi_pool_backward(torch.ones_like(output), rois, argmax, 1.0, *shape)
+    grad_input = pool_backward(torch.ones_like(output), rois, argmax, 1.0, shape)
     assert torch.equal(grad_input, torch.zeros(shape))
 
 
@@ -289,7 +295,7 @@ def test_sizes_beyond_what_the_kernels_address_are_refused(shape, size, named, o
     with pytest.raises(ValueError, match=named):
         cupy_path.roi_pool(input, rois, 1.0, *size, True)
     with pytest.raises(ValueError, match=named):
-        cupy_path.roi_pool_backward(pooled, rois, pooled, 1.0, *shape)
+        pool_backward(pooled, rois, pooled, 1.0, shape)
     assert on_cpu.launched == []
 
 
