@@ -5,6 +5,7 @@ import zipfile
 
 REQUIRED = {
     "fpn/__main__.py",
+    "fpn/detection/__init__.py",
     "fpn/py.typed",
     "fpn/photos/astronaut.jpg",
     "roi/py.typed",

@@ -1,0 +1,118 @@
+"""`accelerate`: our backbone and poolers in a torchvision detector that is there, and the report of what was done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from fpn.checkpoint import export_state_dict
+from fpn.detection.adapters import TorchvisionBackbone
+from fpn.fuse import FusedConv2d
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate` did to a model.
+
+    Attributes:
+        replaced: name of a module in the model -> what is there now.
+        left: name of a module that is as it was -> why.
+    """
+
+    replaced: Mapping[str, str]
+    left: Mapping[str, str]
+
+    def __str__(self) -> str:
+        replaced = [f"replaced {name}: {what}" for name, what in self.replaced.items()]
+        left = [f"left {name} as it was: {why}" for name, why in self.left.items()]
+        return "\n".join([*replaced, *left]) or "there was nothing to replace"
+
+
+def accelerate(model: Model, *, fuse: bool = False) -> Model:
+    """Puts our backbone and poolers in the place of torchvision's in a detector: the same detections, in less time.
+
+        model = accelerate(fasterrcnn_resnet50_fpn(weights="DEFAULT").eval(), fuse=True)
+        print(model.acceleration)
+
+    Replaced are every ResNet-FPN of torchvision's (`resnet_fpn_backbone`'s, in FasterRCNN, MaskRCNN, KeypointRCNN,
+    RetinaNet, FCOS or a model of yours), by `TorchvisionBackbone`, and every `torchvision.ops.MultiScaleRoIAlign`, by
+    `roi.MultiScaleRoIAlign`. What is not exactly as torchvision builds it (another trunk, other blocks, hooks, levels
+    with names of your own) is left as it is, and so are the poolers beside it: ours need strides that double from
+    level to level, and those of MobileNet's pyramids do not.
+
+    The new backbone has the very parameters of the old one: an optimizer made before stays valid, and dtype, device,
+    memory format, `requires_grad` and train or eval mode are what they were. Only their names in the state dict
+    change: load a checkpoint of torchvision's before, and see `torchvision_state_dict` for the way back.
+
+    Args:
+        model: the detector; it is changed in place.
+        fuse: for inference: the backbone in the form that `FPN.fuse` gives. Its weights are new, take no gradient and
+            have no way back to torchvision's names.
+
+    Returns:
+        `model`. Its new attribute `acceleration` is the report, an `Acceleration`, which is also logged: at level
+        INFO, or WARNING where something was left.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ImportError, RuntimeError: torchvision does not import.
+        ValueError: `fuse` and a backbone is in training mode; nothing has been changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a detector, an nn.Module; got {type(model).__name__}")
+    from fpn.detection.conversion import class_name, convert_backbones, convert_poolers
+
+    own = {module: module for module in model.modules() if isinstance(module, TorchvisionBackbone)}
+    backbones, left = convert_backbones(model)
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, nn.Module) and not (backbone in own or backbone in backbones or "backbone" in left):
+        left["backbone"] = f"it is {class_name(backbone)}, not torchvision's BackboneWithFPN"
+    poolers, left_poolers = convert_poolers(model)
+    if left or not (own or backbones):
+        reason = "the backbone is not ours, and its levels may have any strides"
+        left_poolers |= {name: reason for name, module in model.named_modules() if module in poolers}
+        poolers = {}
+    replacements: dict[nn.Module, nn.Module] = {**backbones, **poolers}
+    if fuse:
+        replacements |= {old: TorchvisionBackbone(ours.fpn.fuse()).eval() for old, ours in (own | backbones).items()}
+    left |= left_poolers
+
+    replaced: dict[str, str] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            model.set_submodule(name, replacements[module])
+            replaced[name] = described(replacements[module])
+    report = Acceleration(replaced, left)
+    model.acceleration = report  # type: ignore[assignment]
+    logger.log(logging.WARNING if left else logging.INFO, "%s", report)
+    return model
+
+
+def described(ours: nn.Module) -> str:
+    if not isinstance(ours, TorchvisionBackbone):
+        return f"roi.{ours!r}"
+    form = "fused " if any(isinstance(module, FusedConv2d) for module in ours.modules()) else ""
+    return f"{form}fpn.FPN, levels {', '.join(ours.names)}"
+
+
+def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a detector under the names that it had before `accelerate`, of the same tensors.
+
+    Raises:
+        ValueError: torchvision has no names for the backbone: it is fused, or it computes what theirs does not.
+    """
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, TorchvisionBackbone):
+            prefix = f"{name}." if name else ""
+            backbone = export_state_dict(module.fpn, "torchvision", prefix)
+            state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}fpn.")} | backbone
+    return state

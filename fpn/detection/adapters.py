@@ -1,0 +1,114 @@
+"""Our pyramids under the protocols of torchvision's and detectron2's detectors; neither has to be installed."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpn.pyramid import FPN, MaxPoolLevel
+
+
+class _NamedLevels(nn.Module):
+    """The levels of an FPN, and P6 by `MaxPoolLevel`'s subsampling where the FPN has none above P5."""
+
+    def __init__(self, fpn: FPN) -> None:
+        super().__init__()
+        if not isinstance(fpn, FPN):
+            raise TypeError(f"fpn must be an fpn.FPN; got {type(fpn).__name__}")
+        self.fpn = fpn
+        self.out_channels = fpn.out_channels
+        self.strides = fpn.strides if fpn.extra.strides else (*fpn.strides, 2 * fpn.strides[-1])
+
+    def levels(self, images: Tensor) -> tuple[Tensor, ...]:
+        levels: tuple[Tensor, ...] = self.fpn(images)
+        return levels if self.fpn.extra.strides else (*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+
+
+class TorchvisionBackbone(_NamedLevels):
+    """An FPN as the backbone of torchvision's FasterRCNN, MaskRCNN, KeypointRCNN, RetinaNet and FCOS.
+
+        FasterRCNN(TorchvisionBackbone(FPN101()), num_classes=91)
+        RetinaNet(TorchvisionBackbone(FPN(resnet50(returned_layers=(2, 3, 4)), extra="p6p7")), num_classes=91)
+
+    An FPN without extra levels gets "pool", as torchvision's own, so that there are five levels for its anchors.
+
+    Args:
+        fpn: the pyramid.
+
+    Attributes:
+        out_channels: channels of every level.
+        strides: pixels of the image per cell of every level.
+        names: of the levels, finest first: "0", "1", … for those with a lateral; above them "pool" for `MaxPoolLevel`,
+            else "p6", "p7", by stride.
+
+    Raises:
+        TypeError: `fpn` is not an `FPN`.
+    """
+
+    def __init__(self, fpn: FPN) -> None:
+        super().__init__(fpn)
+        laterals = len(fpn.lateral)
+        above = [f"p{round(math.log2(stride))}" for stride in self.strides[laterals:]]
+        if not fpn.extra.strides or isinstance(fpn.extra, MaxPoolLevel):
+            above = ["pool"]
+        self.names = (*map(str, range(laterals)), *above)
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Images Tensor[N, 3, H, W] -> name: Tensor[N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        return OrderedDict(zip(self.names, self.levels(images), strict=True))
+
+
+class ShapeSpec(NamedTuple):
+    """What detectron2's class of that name says of a map."""
+
+    channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    stride: int | None = None
+
+
+class Detectron2Backbone(_NamedLevels):
+    """An FPN under detectron2's `Backbone` protocol: a dict "p2", "p3", … by stride, and what it is like.
+
+    detectron2's models take it as it is. `build_backbone` asserts that it got a `Backbone`, which it is after
+    `detectron2.modeling.Backbone.register(Detectron2Backbone)`. An FPN without extra levels gets P6 by subsampling,
+    as detectron2's own. Images are in detectron2's order and scale if the weights are (`FPN.report` says so).
+
+    Args:
+        fpn: the pyramid.
+
+    Raises:
+        TypeError: `fpn` is not an `FPN`.
+        ValueError: its strides are not different powers of two.
+    """
+
+    def __init__(self, fpn: FPN) -> None:
+        super().__init__(fpn)
+        if len(set(self.strides)) < len(self.strides) or any(stride & (stride - 1) for stride in self.strides):
+            raise ValueError(f"fpn must have strides that are different powers of two; got {self.strides}")
+        self.names = tuple(f"p{stride.bit_length() - 1}" for stride in self.strides)
+
+    @property
+    def size_divisibility(self) -> int:
+        """What detectron2 pads height and width to a multiple of: the stride of the coarsest level with a lateral."""
+        return self.strides[len(self.fpn.lateral) - 1]
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """None beside `size_divisibility`."""
+        return {}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each level by name."""
+        return {
+            name: ShapeSpec(channels=self.out_channels, stride=stride)
+            for name, stride in zip(self.names, self.strides, strict=True)
+        }
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images Tensor[N, 3, H, W] -> name: Tensor[N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        return dict(zip(self.names, self.levels(images), strict=True))
