@@ -38,3 +38,11 @@ def same_bits(actual: Tensor, expected: Tensor) -> bool:
         return False
     both_nan = actual.isnan() & expected.isnan()
     return bool(((actual.view(integer) == expected.view(integer)) | both_nan).all())
+
+
+def unmatched(found: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
+    """How many of `found` have no twin in `expected`: of the same label, within 1e-2 pixel and 1e-4 of the score."""
+    offsets = (found["boxes"][:, None] - expected["boxes"]).abs().amax(2)
+    scores = (found["scores"][:, None] - expected["scores"]).abs()
+    twins = (offsets < 1e-2) & (scores < 1e-4) & (found["labels"][:, None] == expected["labels"])
+    return int((~twins.any(1)).sum())

@@ -23,7 +23,7 @@ from fpn.norm import FrozenBatchNorm2d
 from fpn.photo import DEFAULT_PHOTO
 from fpn.pyramid import ExtraLevels
 from fpn.resnet import resnet18
-from tests.comparison import randomise, relative_error
+from tests.comparison import randomise, relative_error, unmatched
 
 Detections = dict[str, Tensor]
 Build = Callable[[], nn.Module]
@@ -200,14 +200,6 @@ def photos() -> list[Tensor]:
     else:
         arrays += load_sample_images().images
     return [torch.from_numpy(array[::4, ::4].copy()).permute(2, 0, 1) / 255 for array in arrays]
-
-
-def unmatched(found: Detections, expected: Detections) -> int:
-    """How many of `found` have no twin in `expected`: of the same label, within 1e-2 pixel and 1e-4 of the score."""
-    offsets = (found["boxes"][:, None] - expected["boxes"]).abs().amax(2)
-    scores = (found["scores"][:, None] - expected["scores"]).abs()
-    twins = (offsets < 1e-2) & (scores < 1e-4) & (found["labels"][:, None] == expected["labels"])
-    return int((~twins.any(1)).sum())
 
 
 def output_of(detector: nn.Module, images: list[Tensor]) -> list[Detections]:
