@@ -13,11 +13,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import fpn
 
@@ -44,14 +43,17 @@ Runs a photo through an FPN backbone and pools boxes from its pyramid.
 
 Prints the levels and their times, and writes to DIR
   pyramid.png   the photo with its boxes, a heat map per level, the pooled RoIs
-  features.npz  p2, p3, p4, p5 (1, 256, h, w); boxes (K, 4) in pixels of the photo;
+  features.npz  p2, p3, p4, p5, or the levels there are, (1, 256, h, w); boxes (K, 4) in pixels of the photo;
                 model_boxes (K, 4) in pixels of the model's input; levels (K,), the
                 k of the level Pk that a box is pooled from; rois (K, 256, 7, 7)
 
 The photo is turned upright (EXIF) and resized as detectors do: shorter side 800, longer
 side at most 1333, enlarged at most twice. A box of w by h pixels of that input is pooled
-from level k = floor(4 + log2(sqrt(w h) / 224)), at least 2 and at most 5 (Lin et al. 2017,
+from level k = floor(4 + log2(sqrt(w h) / 224)), or the nearest there is (Lin et al. 2017,
 eq. 1).
+
+A checkpoint (--weights PATH) of torchvision, detectron2, mmdetection, kuangliu/pytorch-fpn or
+this package says itself what model it is, and --model is not used.
 
 Random weights are the same at every run (seed 0). Their batch norm takes its statistics
 from the photo: with none, activations grow from block to block, and the top of the pyramid
@@ -117,6 +119,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="DEFAULT, IMAGENET1K_V1 or IMAGENET1K_V2, or the path of a checkpoint (default: random weights)",
     )
     parser.add_argument(
+        "--stride-in-1x1",
+        action=argparse.BooleanOptionalAction,
+        help="where a checkpoint's bottlenecks have their stride, which its names do not tell (default: by its source)",
+    )
+    parser.add_argument(
         "--boxes",
         nargs="+",
         action="extend",
@@ -160,17 +167,17 @@ def run(options: argparse.Namespace) -> None:
     check_boxes(boxes, photo.size)
     device = check_device(options.device)
     print(f"photo  {photo.name}, {by(photo.size)} pixels, resized to {by(photo.image.size)}", flush=True)
-    model, weights = load_model(options.model, options.weights)
+    model, weights = load_model(options.model, options.weights, options.stride_in_1x1)
     if options.weights is None:
         weights += ", batch norm statistics of this photo"
-    print(f"model  {options.model} on {device}; {weights}", flush=True)
+    name = name_of(options)
+    print(f"model  {name} on {device}; {weights}", flush=True)
+    print_report(model)
 
     with output_files(options.out, (PICTURE, FEATURES)) as (picture, features):
         result = run_on(device, model, photo, boxes, calibrate=options.weights is None)
         result.save(features)
-        picture_size = save_picture(
-            picture, photo, result, options.model, f"{device}, {result.times.total:.0f} ms", weights
-        )
+        picture_size = save_picture(picture, photo, result, name, f"{device}, {result.times.total:.0f} ms", weights)
     print_tables(result)
     print(f"wrote {options.out / PICTURE} ({by(picture_size)} pixels) and {options.out / FEATURES}")
 
@@ -181,8 +188,9 @@ def export(options: argparse.Namespace) -> None:
 
     if options.photo is not None or options.boxes:
         raise DemoError("--export takes no photo and no boxes")
-    model, weights = load_model(options.model, options.weights)
-    print(f"model  {options.model}; {weights}", flush=True)
+    model, weights = load_model(options.model, options.weights, options.stride_in_1x1)
+    print(f"model  {name_of(options)}; {weights}", flush=True)
+    print_report(model)
     path: Path = options.export
     with output_files(path.parent, [path.name]) as (unfinished,):
         try:
@@ -190,6 +198,17 @@ def export(options: argparse.Namespace) -> None:
         except (ImportError, RuntimeError) as error:
             raise DemoError(f"--export: {error}") from error
     print(f"wrote {path} ({path.stat().st_size / 1e6:.0f} MB)")
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """The model's; that of a checkpoint has none."""
+    return "FPN" if is_checkpoint(options.weights) else str(options.model)
+
+
+def print_report(model: fpn.FPN) -> None:
+    """How the checkpoint was read, and what was assumed of it."""
+    if model.report is not None:
+        print("       " + str(model.report).replace("; ", "\n       "), flush=True)
 
 
 def read_photo(path: str | None) -> Photo:
@@ -228,18 +247,15 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str, weights: str | None) -> tuple[fpn.FPN, str]:
+def load_model(name: str, weights: str | None, stride_in_1x1: bool | None = None) -> tuple[fpn.FPN, str]:
     """The model in eval mode, on the CPU, and a phrase that says which weights it has."""
     try:
-        model = build_seeded(name, weights)
-    except (ValueError, OSError) as error:
+        model = build_seeded(name, weights, stride_in_1x1)
+    except (ValueError, OSError, ImportError) as error:
         raise DemoError(f"--weights: {error}") from error
-    if weights is None:
+    if model.report is None:
         return model, f"random weights (seed {SEED})"
-    # A checkpoint of the trunk alone leaves the rest as it was initialised.
-    initial = build_seeded(name, None)
-    pairs = zip(pyramid_weights(model), pyramid_weights(initial), strict=True)
-    if all(torch.equal(loaded, random) for loaded, random in pairs):
+    if not any(entry.startswith("lateral.") for entry in model.report.matched):
         return model, f"weights {weights} for the trunk; lateral and smoothing convolutions random (seed {SEED})"
     return model, f"weights {weights}"
 
@@ -253,14 +269,19 @@ def run_on(device: torch.device, model: fpn.FPN, photo: Photo, boxes: Sequence[B
         raise DemoError(f"out of memory on {device}: {error}") from error
 
 
-def build_seeded(name: str, weights: str | None) -> fpn.FPN:
+def build_seeded(name: str, weights: str | None, stride_in_1x1: bool | None) -> fpn.FPN:
     torch.manual_seed(SEED)
+    if is_checkpoint(weights):
+        return fpn.from_checkpoint(weights, stride_in_1x1=stride_in_1x1, channel_order="rgb").eval()
+    if stride_in_1x1 is not None:
+        raise DemoError("--stride-in-1x1 is for a checkpoint; give its path with --weights")
     model: fpn.FPN = getattr(fpn, name)(weights=weights)
     return model.eval()
 
 
-def pyramid_weights(model: fpn.FPN) -> list[Tensor]:
-    return [*model.lateral.parameters(), *model.smooth.parameters()]
+def is_checkpoint(weights: str | None) -> TypeGuard[str]:
+    """Whether it is the path of a file, and not the name of ImageNet weights."""
+    return weights is not None and weights != "DEFAULT" and not weights.startswith("IMAGENET")
 
 
 @contextmanager
@@ -282,18 +303,20 @@ def output_files(folder: Path, names: Sequence[str]) -> Iterator[list[Path]]:
 def save_picture(path: Path, photo: Photo, result: Result, model: str, speed: str, weights: str) -> tuple[int, int]:
     """Draws the picture; returns its (width, height) in pixels."""
     from fpn import draw
+    from fpn.demo import level_numbers
 
     x_scale, y_scale = photo.scale
+    numbers = level_numbers(result.strides)
     levels = [
         draw.Level(f"P{k}", stride, (stride / x_scale, stride / y_scale), features[0].numpy())
-        for k, (stride, features) in enumerate(zip(result.strides, result.pyramid, strict=True), start=2)
+        for k, stride, features in zip(numbers, result.strides, result.pyramid, strict=True)
     ]
     drawing = draw.Drawing(
         image=np.asarray(photo.image),
         size=photo.size,
         levels=levels,
         boxes=result.boxes.numpy(),
-        box_levels=[k - 2 for k in result.levels],
+        box_levels=[numbers.index(k) for k in result.levels],
         rois=result.rois.numpy(),
         title=f"{model} feature pyramid",
         facts=f"{draw.shorten(photo.name, 40)}   ·   model input {by(photo.image.size)}   ·   {speed}",
@@ -303,17 +326,24 @@ def save_picture(path: Path, photo: Photo, result: Result, model: str, speed: st
 
 
 def print_tables(result: Result) -> None:
+    from fpn.demo import level_numbers
+
     times = result.times
+    ms_of_levels = [f"{ms:.1f}" for ms in times.levels]
+    ms_of_levels += [""] * (len(result.strides) - len(times.levels))
     row = "{:<10} {:>6}  {:>17}  {:>9}".format
     print()
     print(row("level", "stride", "channels × h × w", "ms"))
     print(row("C2 to C5", "", "", f"{times.bottom_up:.1f}"))
-    for k, (stride, level, ms) in enumerate(zip(result.strides, result.pyramid, times.levels, strict=True), start=2):
-        print(row(f"P{k}", stride, by(level.shape[1:]), f"{ms:.1f}"))
+    for stride, level, ms in zip(result.strides, result.pyramid, ms_of_levels, strict=True):
+        (k,) = level_numbers([stride])
+        print(row(f"P{k}", stride, by(level.shape[1:]), ms).rstrip())
+    if len(result.strides) > len(times.levels):
+        print(row("extra", "", "", f"{times.extra:.1f}"))
     print(row("merging", "", "", f"{times.merging:.1f}"))
     print(row("total", "", "", f"{times.total:.1f}"))
     print("\nms of one forward pass after a warm-up. C2 to C5: the trunk. A level: its lateral 1×1 and smoothing 3×3")
-    print("convolution (P5 has no smoothing). Merging: the rest, upsampling and addition.\n")
+    print("convolution, if it has one. Extra: the levels above. Merging: the rest, upsampling and addition.\n")
     row = "{:<4} {:<28} {:>20}  {:>5}".format
     print(row("box", "x1,y1,x2,y2", "in the model's input", "level"))
     for number, (box, k) in enumerate(zip(result.boxes.tolist(), result.levels, strict=True), start=1):

@@ -29,17 +29,19 @@ class Times:
 
     Attributes:
         bottom_up: the trunk, C2 to C5.
-        levels: the lateral and the smoothing convolution of each level, finest first.
+        levels: the lateral and the smoothing convolution of each level that has them, finest first.
+        extra: the levels above those.
         total: everything, with the merging: upsampling and addition.
     """
 
     bottom_up: float
     levels: tuple[float, ...]
+    extra: float
     total: float
 
     @property
     def merging(self) -> float:
-        return self.total - self.bottom_up - sum(self.levels)
+        return self.total - self.bottom_up - sum(self.levels) - self.extra
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Result:
     """What the model made of a photo, on the CPU.
 
     Attributes:
-        pyramid: P2 to P5, Tensor[1, C, h, w].
+        pyramid: every level, finest first, Tensor[1, C, h, w].
         strides: of each level, pixels of the model's input per cell.
         boxes: Tensor[K, 4] in pixels of the photo.
         model_boxes: Tensor[K, 4] in pixels of the model's input.
@@ -66,7 +68,9 @@ class Result:
 
     def save(self, path: Path) -> None:
         """Writes the arrays that `--help` lists."""
-        arrays: dict[str, Any] = {f"p{k}": level.numpy() for k, level in enumerate(self.pyramid, start=2)}
+        arrays: dict[str, Any] = {
+            f"p{k}": level.numpy() for k, level in zip(level_numbers(self.strides), self.pyramid, strict=True)
+        }
         arrays |= {"boxes": self.boxes.numpy(), "model_boxes": self.model_boxes.numpy()}
         arrays |= {"levels": np.array(self.levels), "rois": self.rois.numpy()}
         np.savez(path, **arrays)
@@ -91,7 +95,8 @@ def run_model(model: FPN, photo: Photo, boxes: Sequence[Box], calibrate: bool) -
     pyramid, times = timed_forward(model, images)
     photo_boxes = torch.tensor(boxes, dtype=torch.float32)
     model_boxes = photo_boxes * torch.tensor(photo.scale * 2)
-    levels = tuple(assign_level(box) for box in model_boxes.tolist())
+    pooled = level_numbers(model.strides)[: len(model.lateral)]  # not from the extra levels, as in Lin et al. 2017
+    levels = tuple(assign_level(box, pooled[0], pooled[-1]) for box in model_boxes.tolist())
     rois = pool_boxes(pyramid, model.strides, model_boxes.to(device), levels)
     on_cpu = tuple(level.cpu() for level in pyramid)
     return Result(on_cpu, model.strides, photo_boxes, model_boxes, levels, rois.cpu(), times)
@@ -120,7 +125,7 @@ def timed_forward(model: FPN, images: Tensor) -> tuple[tuple[Tensor, ...], Times
     def mark(module: nn.Module, *_: object) -> None:
         marks[module].append(clock.mark())
 
-    parts = [model, model.bottom_up, *model.lateral, *model.smooth]
+    parts = [model, model.bottom_up, model.extra, *model.lateral, *model.smooth]
     hooks = [part.register_forward_pre_hook(mark) for part in parts]
     hooks += [part.register_forward_hook(mark) for part in parts]
     pyramid = model(images)
@@ -129,7 +134,7 @@ def timed_forward(model: FPN, images: Tensor) -> tuple[tuple[Tensor, ...], Times
 
     ms = {part: clock.milliseconds(*marks[part]) for part in parts}
     top_down = [ms[lateral] + ms[smooth] for lateral, smooth in zip(model.lateral, model.smooth, strict=True)]
-    return pyramid, Times(ms[model.bottom_up], tuple(reversed(top_down)), ms[model])
+    return pyramid, Times(ms[model.bottom_up], tuple(reversed(top_down)), ms[model.extra], ms[model])
 
 
 class Clock:
@@ -153,18 +158,23 @@ class Clock:
         return 1000 * float(end - start)
 
 
-def assign_level(box: Sequence[float]) -> int:
-    """The k of the level Pk for a box in pixels of the model's input: Lin et al. 2017, eq. 1, from 2 to 5."""
+def level_numbers(strides: Sequence[int]) -> list[int]:
+    """The k of each level Pk, whose stride is 2^k."""
+    return [stride.bit_length() - 1 for stride in strides]
+
+
+def assign_level(box: Sequence[float], lowest: int = 2, highest: int = 5) -> int:
+    """The k of the level Pk for a box in pixels of the model's input: Lin et al. 2017, eq. 1, or the nearest."""
     x1, y1, x2, y2 = box
     k = math.floor(4 + math.log2(math.sqrt((x2 - x1) * (y2 - y1)) / 224 + 1e-8))
-    return min(max(k, 2), 5)
+    return min(max(k, lowest), highest)
 
 
 def pool_boxes(pyramid: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Sequence[int]) -> Tensor:
     """Every box pooled from its level.
 
     Args:
-        pyramid: P2, P3, …, Tensor[1, C, h, w].
+        pyramid: every level, finest first, Tensor[1, C, h, w].
         strides: of each level.
         boxes: Tensor[K, 4] in pixels of the model's input.
         levels: the k of each box's level Pk.
@@ -173,7 +183,7 @@ def pool_boxes(pyramid: Sequence[Tensor], strides: Sequence[int], boxes: Tensor,
         Tensor[K, C, 7, 7].
     """
     rois = pyramid[0].new_empty(len(boxes), pyramid[0].shape[1], ROI_SIZE, ROI_SIZE)
-    for k, (level, stride) in enumerate(zip(pyramid, strides, strict=True), start=2):
+    for k, level, stride in zip(level_numbers(strides), pyramid, strides, strict=True):
         mine = [index for index, own in enumerate(levels) if own == k]
         if mine:
             rois[mine] = roi_pool(level, [boxes[mine]], ROI_SIZE, spatial_scale=1 / stride)

@@ -23,7 +23,7 @@ from torch import nn
 import fpn
 from fpn import __main__ as command
 from fpn import demo, draw
-from fpn.photo import DEFAULT_PHOTO, Photo, read_photo
+from fpn.photo import DEFAULT_PHOTO, Photo, read_photo, to_tensor
 from roi import roi_pool
 
 REPOSITORY = Path(__file__).parent.parent
@@ -306,6 +306,39 @@ def test_weights_are_named_for_what_they_are(tmp_path: Path) -> None:
     assert not model.training
 
 
+def test_a_checkpoint_says_what_it_is(
+    tmp_path: Path, small_photo: Path, run_demo: Callable[..., tuple[int, str, str]]
+) -> None:
+    """A detector's checkpoint with the levels P3 to P7, whatever --model says."""
+    torch.manual_seed(1)
+    source = fpn.FPN18(trunk={"returned_layers": (2, 3, 4)}, extra="p6p7", upsample="nearest", smooth_top=True)
+    state = fpn.export_state_dict(source, "torchvision") | {"head.weight": torch.zeros(1)}
+    path = tmp_path / "retina.pth"
+    torch.save(state, path)
+    status, stdout, stderr = run_demo(small_photo, "--weights", path, "--out", tmp_path, "--model", "FPN101")
+    assert (status, stderr) == (0, "")
+    assert f"model  FPN on cpu; weights {path}\n" in stdout
+    assert "from torchvision, under 'backbone.'" in stdout
+    assert re.search(r"P7 +128 +256 × 2 × 3\nextra +\d", stdout)
+    with np.load(tmp_path / "features.npz") as arrays:
+        assert [name for name in arrays.files if name.startswith("p")] == ["p3", "p4", "p5", "p6", "p7"]
+        assert set(arrays["levels"].tolist()) <= {3, 4, 5}
+        images = to_tensor(read_photo(small_photo).image)
+        with torch.no_grad():
+            for level, expected in zip("34567", source.eval()(images), strict=True):
+                torch.testing.assert_close(torch.from_numpy(arrays[f"p{level}"]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_stride_in_1x1_is_the_checkpoints(tmp_path: Path, run_demo: Callable[..., tuple[int, str, str]]) -> None:
+    path = tmp_path / "fpn50.pth"
+    torch.save(fpn.FPN50().state_dict(), path)
+    model, _ = command.load_model("FPN50", str(path), stride_in_1x1=True)
+    assert model.bottom_up.layer2[0].conv1.stride == (2, 2)
+    status, _, stderr = run_demo("--stride-in-1x1", "--out", tmp_path / "out")
+    assert status == 2
+    assert_one_line_error(stderr, "--stride-in-1x1 is for a checkpoint")
+
+
 def test_timed_forward() -> None:
     model, _ = command.load_model("FPN18", None)
     images = torch.randn(1, 3, 64, 96)
@@ -314,7 +347,7 @@ def test_timed_forward() -> None:
         torch.testing.assert_close(pyramid, model(images))
     assert len(times.levels) == 4
     assert min(times.bottom_up, times.merging, *times.levels) > 0
-    assert times.bottom_up + sum(times.levels) + times.merging == pytest.approx(times.total)
+    assert times.bottom_up + sum(times.levels) + times.extra + times.merging == pytest.approx(times.total)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
