@@ -11,6 +11,7 @@ from setuptools import setup
 CUDA12 = ["cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"]
 CUDA13 = ["cupy-cuda13x", "nvidia-cuda-nvrtc>=13", "nvidia-cuda-runtime>=13"]
 DEMO = ["pillow", "matplotlib"]
+EXAMPLES = [*DEMO, "scikit-learn", "torchmetrics", "pycocotools", "tqdm"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
 
 setup(
@@ -29,13 +30,14 @@ setup(
         "demo": DEMO,
         "safetensors": ["safetensors"],
         "onnx": ONNX,
+        "examples": EXAMPLES,
         # There are no CUDA wheels for macOS; the tests that need them skip.
         "test": [
             "pytest",
             "timm",
             "safetensors",
             *ONNX,
-            *DEMO,
+            *EXAMPLES,
             *(f"{name}; platform_system != 'Darwin'" for name in CUDA12),
         ],
         "lint": ["ruff", "mypy"],

@@ -1,0 +1,62 @@
+"""Test scenes with what was detected in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from scenes import CLASSES
+from torch import Tensor
+from torchvision.ops import box_iou
+
+COLUMNS = 4
+RIGHT, WRONG, MISSED = "#80ed99", "#f25c54", "#ffd166"
+
+
+def draw(
+    images: Sequence[Tensor],
+    targets: Sequence[Mapping[str, Tensor]],
+    detections: Sequence[Mapping[str, Tensor]],
+    path: Path,
+    least_score: float = 0.5,
+) -> None:
+    """Writes the scenes as a picture, with their detections of at least that score.
+
+    A detection is right if it covers a digit of its class with an IoU of 0.5 or more; a digit that none so covers is
+    missed.
+    """
+    rows = -(-len(images) // COLUMNS)
+    figure = Figure(figsize=(3 * COLUMNS, 3 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for ax in axes:
+        ax.axis("off")
+    for ax, image, target, detection in zip(axes, images, targets, detections, strict=False):
+        ax.imshow(image.permute(1, 2, 0), interpolation="bilinear")
+        kept = detection["scores"] >= least_score
+        boxes, labels, scores = (detection[name][kept] for name in ("boxes", "labels", "scores"))
+        covers = box_iou(boxes, target["boxes"]) >= 0.5
+        same = covers & (labels[:, None] == target["labels"])
+        for box, label, score, right in zip(boxes, labels, scores, same.any(1), strict=True):
+            outline(ax, box, RIGHT if right else WRONG, f"{CLASSES[label]} {score:.0%}")
+        for box, label in zip(target["boxes"][~same.any(0)], target["labels"][~same.any(0)], strict=True):
+            outline(ax, box, MISSED, f"{CLASSES[label]}?", linestyle="--")
+    figure.suptitle(f"Test scenes: score ≥ {least_score:g}; green: right, red: wrong, yellow: missed")
+    figure.savefig(path, dpi=100)
+
+
+def outline(ax: Axes, box: Tensor, color: str, text: str, linestyle: str = "-") -> None:
+    x1, y1, x2, y2 = (box - 0.5).tolist()  # a pixel's centre is where matplotlib has its index
+    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=linestyle, linewidth=1.5))
+    ax.text(
+        x1 + 1,
+        y1 + 1,
+        text,
+        color=color,
+        size=9,
+        va="top",
+        path_effects=[withStroke(linewidth=2.5, foreground="black")],
+    )
