@@ -7,6 +7,7 @@ import mmap
 import pickle
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,10 @@ WRAPPED = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_ch
 
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6 begins with a pickled magic number
 SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
+
+# What torch's unpickler allows is one list for all threads, and `load_torch` lengthens it for a moment. Reentrant: a
+# file may hold another.
+_torch_load = threading.RLock()
 
 
 class CheckpointError(ValueError):
@@ -105,17 +110,19 @@ def load_content(path: Path) -> Any:
 
 def load_torch(file: Path | BinaryIO) -> Any:
     """What `torch.save` wrote, by torch's own restricted unpickler."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint fail in any way there is
-        if refused_global(error) not in ALLOWED:
-            fail(error)
-    # Arrays, and mmengine's records of losses. Not at once: the stand-ins hold for other threads' torch.load as well.
-    try:
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in ALLOWED.items()]):
+    with _torch_load:
+        try:
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        fail(error)
+        except Exception as error:  # bytes that are no checkpoint fail in any way there is
+            if refused_global(error) not in ALLOWED:
+                fail(error)
+        # Arrays, and mmengine's records of losses. Not at once: a program's own torch.load, in another thread, would
+        # see the stand-ins as well.
+        try:
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in ALLOWED.items()]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            fail(error)
 
 
 def refused_global(error: Exception) -> str:
