@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ MAX_ENLARGEMENT = 2.0  # beyond it there is nothing to see but blur
 # Of ImageNet, RGB in 0..1; torchvision's checkpoints expect them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+_pillow = threading.Lock()
 
 
 class PhotoError(ValueError):
@@ -78,16 +81,20 @@ def read_photo(path: str | Path) -> Photo:
 
 @contextmanager
 def pixel_limit(pixels: int) -> Iterator[None]:
-    """Pillow's guard against decompression bombs, a global, at `pixels` instead of its default of 89 million."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which a photo may have
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+    """Pillow's guard against decompression bombs at `pixels` instead of its default of 89 million.
+
+    It is a global, and so are the filters of warnings: one thread at a time.
+    """
+    with _pillow:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = pixels
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata, which a photo may have
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def decode(image: Image.Image, name: str) -> Photo:
