@@ -7,7 +7,10 @@ only to compile.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +18,7 @@ from typing import Any, Protocol
 __all__ = ["Kernel", "KernelCompilationError", "compile_options", "get_kernel", "sources"]
 
 _FOLDER = Path(__file__).resolve().parent
+IN_MEMORY = "CUPY_CACHE_IN_MEMORY"  # CuPy's variable, read at every compilation
 
 
 class Kernel(Protocol):
@@ -64,8 +68,8 @@ def get_kernel(source: str, expression: str, device: int) -> Kernel:
     """A kernel for one device, compiled on the first request.
 
     Each expression is a module of its own, so that a first call pays for one instantiation. Binaries are kept in CuPy's
-    disk cache (versions of CuPy that do not cache named instantiations compile once per process). Threads may call at
-    the same time: one compiles, the others wait for it.
+    disk cache (versions of CuPy that do not cache named instantiations compile once per process, and so does any whose
+    cache is full or read-only). Threads may call at the same time: one compiles, the others wait for it.
 
     Args:
         source: one of `sources()`.
@@ -93,11 +97,30 @@ def get_kernel(source: str, expression: str, device: int) -> Kernel:
 def _compile(source: str, expression: str, device: int) -> Kernel | KernelCompilationError:
     import cupy
 
+    def built() -> Kernel:
+        module = cupy.RawModule(code=text, options=options, name_expressions=(expression,))
+        kernel: Kernel = module.get_function(expression)
+        return kernel
+
     text, options = read_source(source), compile_options()
     try:
         with cupy.cuda.Device(device):
-            module = cupy.RawModule(code=text, options=options, name_expressions=(expression,))
-            kernel: Kernel = module.get_function(expression)
+            try:
+                return built()
+            except OSError:  # the cache is full, or not ours to write
+                with _without_disk_cache():
+                    return built()
     except Exception as error:  # the compiler's, NVRTC's when its library is missing, the driver's
         return KernelCompilationError(f"{source}.cu cannot be built for {expression}: {type(error).__name__}: {error}")
-    return kernel
+
+
+@contextmanager
+def _without_disk_cache() -> Iterator[None]:
+    before = os.environ.get(IN_MEMORY)
+    os.environ[IN_MEMORY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[IN_MEMORY]
+        if before is not None:
+            os.environ[IN_MEMORY] = before
