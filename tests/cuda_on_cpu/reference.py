@@ -53,7 +53,7 @@ def roi_pool(
             for j in range(pooled_width):
                 columns = bin_slice(x1, max(x2 - x1 + 1, 1), j, pooled_width, width)
                 window = features[int(box[0]), :, rows, columns]
-                if window[0].size == 0:
+                if window.size == 0:
                     continue
                 cells = window.reshape(channels, -1)
                 nan = np.isnan(cells)
