@@ -1,4 +1,4 @@
-"""Which tests can run here: the markers `gpu` and `torchvision` skip with the reason."""
+"""Which tests can run here: the markers `gpu` and `torchvision` skip with the reason. How much the trust suite does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def import_problem(module: str) -> str | None:
     except Exception as error:
         return f"{module} does not import here ({type(error).__name__}: {error})"
     return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_ = "random operator cases of the trust suite, whose calls and files go with them (default: 800; all: 20000)"
+    parser.addoption("--trust-cases", type=int, default=800, metavar="N", help=help_)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
