@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fpn.checkpoint import export_state_dict
@@ -49,8 +50,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     level to level, and those of MobileNet's pyramids do not.
 
     The new backbone has the very parameters of the old one: an optimizer made before stays valid, and dtype, device,
-    memory format, `requires_grad` and train or eval mode are what they were. Only their names in the state dict
-    change: load a checkpoint of torchvision's before, and see `torchvision_state_dict` for the way back.
+    `requires_grad` and train or eval mode are what they were. On the CPU the detector's weights become channels_last,
+    and so do its features: convolutions and RoI operators are faster with that. The parameters' names in the state
+    dict change: load a checkpoint of torchvision's before, and see `torchvision_state_dict` for the way back.
 
     Args:
         model: the detector; it is changed in place.
@@ -90,6 +92,8 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
         if module in replacements:
             model.set_submodule(name, replacements[module])
             replaced[name] = described(replacements[module])
+    if backbones and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        model.to(memory_format=torch.channels_last)
     report = Acceleration(replaced, left)
     model.acceleration = report  # type: ignore[assignment]
     logger.log(logging.WARNING if left else logging.INFO, "%s", report)
