@@ -34,6 +34,7 @@ setup(
         # There are no CUDA wheels for macOS; the tests that need them skip.
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "timm",
             "safetensors",

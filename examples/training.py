@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 
 WEIGHT_DECAY = 1e-4
 WARM_UP = 0.1  # of the steps; then a cosine to zero
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Of the highest learning rate, what is used in a step: linear warm-up, then a cosine."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2 if step < steps else 0.0
 
 
 class Trainee:
@@ -42,7 +51,7 @@ class Trainee:
             self.replica = DistributedDataParallel(self.detector, [device] if device.type == "cuda" else None)
         self.device = device
         self.optimizer = AdamW(detector.parameters(), learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-        self.schedule = OneCycleLR(self.optimizer, learning_rate, steps, pct_start=WARM_UP, cycle_momentum=False)
+        self.schedule = LambdaLR(self.optimizer, partial(share_of_rate, steps=steps))
         self.losses: list[float] = []
         self.seconds: list[float] = []
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+
+ALL_TRUST_CASES = 20_000
+TALLY = pytest.StashKey[Counter[str]]()  # of what the trust suite did
 
 
 def import_problem(module: str) -> str | None:
@@ -31,3 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What a process of pytest-xdist counted goes to the one that prints it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["trust"] = dict(session.config.stash.get(TALLY, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash.setdefault(TALLY, Counter()).update(getattr(node, "workeroutput", {}).get("trust", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    tally = config.stash.get(TALLY, Counter())
+    if tally:
+        cases = config.getoption("--trust-cases")
+        scope = "" if cases >= ALL_TRUST_CASES else f" (a slice; --trust-cases {ALL_TRUST_CASES} is all)"
+        counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())
+        terminalreporter.write_line(f"trust: {counts}{scope}")

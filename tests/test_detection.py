@@ -262,8 +262,9 @@ def test_training_goes_on(name: str) -> None:
         if theirs.grad is not None:
             assert relative_error(ours.grad, theirs.grad) < 1e-3, part
         assert relative_error(ours, theirs) < 1e-3, part  # a bias that was 0 is a multiple of its gradient
-    for key, value in original.state_dict().items():  # the statistics of batch norm too
-        torch.testing.assert_close(torchvision_state_dict(detector)[key], value, rtol=1e-4, atol=1e-5)
+    state = torchvision_state_dict(detector)
+    for key, value in original.named_buffers():  # the statistics of batch norm too
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
 
 
 def by_old_names(detector: nn.Module, original: nn.Module) -> list[nn.Parameter]:

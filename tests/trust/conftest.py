@@ -1,4 +1,4 @@
-"""How much the trust suite does, and the count of what it did, printed at the end."""
+"""How much the trust suite does, and the signs of life that it gives."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-FULL = 20_000  # operator cases
-HANGS_AFTER = 300  # seconds, of what takes milliseconds
+from tests.conftest import TALLY
 
-TALLY = pytest.StashKey[Counter[str]]()
+HANGS_AFTER = 300  # seconds, of what takes milliseconds
 
 
 class Amounts(NamedTuple):
@@ -50,12 +49,3 @@ def alive(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     with stderr:
         yield lambda: faulthandler.dump_traceback_later(HANGS_AFTER, exit=True, file=stderr)
         faulthandler.cancel_dump_traceback_later()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    tally = config.stash.get(TALLY, Counter())
-    if tally:
-        cases = config.getoption("--trust-cases")
-        scope = "" if cases >= FULL else f" (a slice; --trust-cases {FULL} is all)"
-        counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())
-        terminalreporter.write_line(f"trust: {counts}{scope}")

@@ -25,8 +25,9 @@ import roi
 from fpn.files import read_checkpoint
 from fpn.photo import DEFAULT_PHOTO, read_photo
 from tests.comparison import same_bits
+from tests.conftest import ALL_TRUST_CASES
 from tests.trust.calls import OPERATORS, forward_and_backward
-from tests.trust.conftest import FULL, Amounts
+from tests.trust.conftest import Amounts
 
 pytestmark = pytest.mark.trust
 
@@ -170,7 +171,7 @@ def test_a_first_call_that_is_interrupted_anywhere(
     operator: str, expected: dict[str, list[Tensor]], amounts: Amounts, tally: Counter[str]
 ) -> None:
     """At every line of ours that the first call comes to; the next call is then as good as any."""
-    step = 1 if amounts.cases >= FULL else 29
+    step = 1 if amounts.cases >= ALL_TRUST_CASES else 29
     line = 0
     while interrupted(functools.partial(forward_and_backward, operator), line):
         tally["interruptions"] += 1

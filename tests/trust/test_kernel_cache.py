@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from roi import kernels
-from tests.conftest import import_problem
+from tests.conftest import ALL_TRUST_CASES, import_problem
 from tests.test_kernels_nvrtc import Compiler as Toolkit
-from tests.trust.conftest import FULL, Amounts
+from tests.trust.conftest import Amounts
 
 pytestmark = [
     pytest.mark.trust,
@@ -165,8 +165,8 @@ def compiled_in(folder: Path) -> bytes:
 def test_processes_share_a_cache(
     whole: tuple[Path, bytes], tmp_path: Path, amounts: Amounts, tally: Counter[str]
 ) -> None:
-    if amounts.cases < FULL:
-        pytest.skip(f"four compilers at once: with --trust-cases {FULL}")
+    if amounts.cases < ALL_TRUST_CASES:
+        pytest.skip(f"four compilers at once: with --trust-cases {ALL_TRUST_CASES}")
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         assert pool.map(compiled_in, [tmp_path] * 4, chunksize=1) == [whole[1]] * 4
     assert len(list(tmp_path.iterdir())) == 1
