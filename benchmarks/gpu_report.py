@@ -1,0 +1,134 @@
+"""Everything that rests on a GPU, in one command: tests, sanitizers, timings; raw results and a table made from them.
+
+    python benchmarks/gpu_report.py --out benchmarks/results
+    python benchmarks/gpu_report.py --out /tmp/report --parts tests memcheck roi_pool
+
+Needs torch, torchvision, CuPy and, for memcheck and racecheck, CUDA's compute-sanitizer; a part whose tool is not there
+is named in the report as not run. Each part is a process with a time limit of its own, eight minutes together, so that
+one that hangs or fails leaves the others; a failed part makes the exit status 1. Written for a GPU called NAME:
+NAME-report.json (environment, and how each part ended), NAME-PART.json (each benchmark's own rows), NAME-report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder comes first otherwise
+
+import torch
+
+from benchmarks.harness import ROOT, describe, environment, table, write_json
+
+PYTEST = [sys.executable, "-m", "pytest", "-m", "gpu", "-q"]
+# Small cases of every kernel: a sanitizer makes a launch a hundred times as long.
+SMALL = ["-k", "match_the_reference"]
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "99", "--launch-timeout", "60"]
+TAIL = 4000  # characters kept of what a part printed
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of the report.
+
+    Attributes:
+        limit: seconds.
+        writes: whether it takes --json and leaves rows there.
+    """
+
+    command: list[str]
+    limit: int
+    writes: bool = False
+
+
+def benchmark(name: str, limit: int, *options: str) -> Part:
+    return Part([sys.executable, f"benchmarks/{name}.py", "--device", "cuda", *options], limit, writes=True)
+
+
+WORKLOADS = ("training", "inference", "large", "fast-rcnn")
+IMAGES = ("--sizes", "800x1344", "--batches", "1", "2", "8", "--modes", "inference")
+PARTS = {
+    "tests": Part(PYTEST, 120),
+    "memcheck": Part([*SANITIZER, "--tool", "memcheck", *PYTEST, *SMALL], 60),
+    "racecheck": Part([*SANITIZER, "--tool", "racecheck", *PYTEST, *SMALL], 60),
+    "roi_pool": benchmark("roi_pool", 80, "--runs", "20", "--workloads", *WORKLOADS),
+    "roi_align": benchmark("roi_align", 80, "--runs", "20", "--problems", *WORKLOADS, "pyramid"),
+    "fpn": benchmark("fpn", 80, "--runs", "5", *IMAGES),
+}
+
+
+def run(part: Part, rows: Path) -> dict[str, Any]:
+    """How the part ended: its status, seconds, and the end of what it printed."""
+    if shutil.which(part.command[0]) is None:
+        return {"status": "not run", "why": f"{part.command[0]} is not installed", "ok": True}
+    command = [*part.command, *(["--json", str(rows)] if part.writes else [])]
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=part.limit, check=False
+        )
+        status, printed = f"exit status {done.returncode}", done.stdout
+    except subprocess.TimeoutExpired as late:
+        status, printed = f"stopped after {part.limit} s", late.stdout or b""
+    return {
+        "status": status,
+        "ok": status == "exit status 0",
+        "seconds": round(time.perf_counter() - begin, 1),
+        "command": command,
+        "printed": printed.decode(errors="replace")[-TAIL:],
+    }
+
+
+def markdown(facts: dict[str, Any], outcomes: dict[str, dict[str, Any]], folder: Path, device: str) -> str:
+    """The report to read, made from what the parts left."""
+    lines = [f"# {facts['device']}", "", "```", describe(facts), "```", ""]
+    summary = [{"part": name, "outcome": o["status"], "seconds": o.get("seconds", 0.0)} for name, o in outcomes.items()]
+    lines += [table(summary), ""]
+    for name, outcome in outcomes.items():
+        lines += [f"## {name}", ""]
+        rows = folder / f"{device}-{name}.json"
+        if outcome.get("seconds") and rows.exists():
+            by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+            for row in json.loads(rows.read_text(encoding="utf-8"))["rows"]:
+                by_columns.setdefault(tuple(row), []).append(row)
+            lines += [text for group in by_columns.values() for text in (table(group), "")]
+        else:
+            lines += ["```", outcome.get("why") or outcome["printed"].strip()[-1500:], "```", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this torch sees no CUDA device, and everything here is measured on one")
+
+    facts = environment(torch.device("cuda"))
+    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    print(describe(facts), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    outcomes: dict[str, dict[str, Any]] = {}
+    for name in options.parts:
+        rows = (options.out / f"{device}-{name}.json").resolve()
+        rows.unlink(missing_ok=True)  # of an earlier report
+        outcomes[name] = run(PARTS[name], rows)
+        print(f"{name}: {outcomes[name]['status']} ({outcomes[name].get('seconds', 0)} s)", flush=True)
+        # After every part: what was measured stays if the machine does not.
+        write_json(options.out / f"{device}-report.json", facts, [{"part": n, **o} for n, o in outcomes.items()])
+        report = markdown(facts, outcomes, options.out, device)
+        (options.out / f"{device}-report.md").write_text(report, encoding="utf-8")
+    return 0 if all(outcome["ok"] for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
