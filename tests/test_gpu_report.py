@@ -20,7 +20,7 @@ pathlib.Path(sys.argv[-1]).write_text('{"environment": {}, "rows": [{"mode": "fo
 PARTS = {
     "good": Part([sys.executable, "-c", ROWS], 20, writes=True),
     "broken": Part([sys.executable, "-c", "print('no such kernel'); raise SystemExit(3)"], 20),
-    "hangs": Part([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 2),
+    "hangs": Part([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 6),
     "absent": Part(["no-such-sanitizer", "--tool"], 20),
 }
 
@@ -46,7 +46,7 @@ def test_every_part_is_run_and_reported(report: Path, monkeypatch: pytest.Monkey
     assert statuses == {
         "good": "exit status 0",
         "broken": "exit status 3",
-        "hangs": "stopped after 2 s",
+        "hangs": "stopped after 6 s",
         "absent": "not run",
     }
     assert found["hangs"]["printed"] == "begun\n"
