@@ -23,6 +23,7 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")  # under which training l
 WRAPPED = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6 begins with a pickled magic number
+SHARED_BY = 16  # entries; detectors' heads share a convolution between five levels
 SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
 
 # What torch's unpickler allows is one list for all threads, and `load_torch` lengthens it for a moment. Reentrant: a
@@ -53,11 +54,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         state = state_dict_in(load_content(path))
     except CheckpointError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
+    stored = {}  # bytes, by address
     for name, tensor in state.items():
-        stored = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
-        if tensor.numel() * tensor.element_size() > stored:  # strides of 0: a few bytes that would fill the memory
-            raise CheckpointError(f"{path}: {name} claims shape {tuple(tensor.shape)}, but stores {stored} bytes")
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            address, own = storage.data_ptr(), storage.nbytes()
+        else:
+            address, own = 0, 0
+        if byte_size(tensor) > own:  # strides of 0: a few bytes that would fill the memory
+            raise CheckpointError(f"{path}: {name} claims shape {tuple(tensor.shape)}, but stores {own} bytes")
+        stored[address] = own
+    if sum(map(byte_size, state.values())) > SHARED_BY * sum(stored.values()):  # the same few bytes, many times over
+        raise CheckpointError(f"{path}: its {len(state)} entries share {sum(stored.values())} bytes")
     return state
+
+
+def byte_size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def state_dict_in(content: Any) -> dict[str, Tensor]:

@@ -241,6 +241,17 @@ def test_entries_that_claim_more_than_is_stored_are_refused(tmp_path: Path, form
 
 
 @pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
+def test_entries_that_share_the_same_bytes_are_refused_beyond_what_heads_share(tmp_path: Path, form: str) -> None:
+    """A model is built with memory for each of them: 5000 entries of 4 MB would be 20 GB."""
+    shared = torch.zeros(1000)
+    write(tmp_path / "c.pth", {f"a{i}": shared for i in range(16)}, form)
+    assert len(read_checkpoint(tmp_path / "c.pth")) == 16
+    write(tmp_path / "c.pth", {f"a{i}": shared for i in range(17)}, form)
+    with pytest.raises(CheckpointError, match="its 17 entries share 4000 bytes"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
 def test_truncated_files(tmp_path: Path, form: str) -> None:
     write(tmp_path / "c.pth", {f"a{i}": torch.randn(100) for i in range(10)}, form)
     whole = (tmp_path / "c.pth").read_bytes()
