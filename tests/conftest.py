@@ -23,8 +23,8 @@ def import_problem(module: str) -> str | None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help_ = "random operator cases of the trust suite, whose calls and files go with them (default: 800; all: 20000)"
-    parser.addoption("--trust-cases", type=int, default=800, metavar="N", help=help_)
+    help_ = "random operator cases of the trust suite, whose calls and files go with them (default: 400; all: 20000)"
+    parser.addoption("--trust-cases", type=int, default=400, metavar="N", help=help_)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
