@@ -95,7 +95,7 @@ def markdown(facts: dict[str, Any], outcomes: dict[str, dict[str, Any]], folder:
     for name, outcome in outcomes.items():
         lines += [f"## {name}", ""]
         rows = folder / f"{device}-{name}.json"
-        if outcome.get("seconds") and rows.exists():
+        if rows.exists():
             by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
             for row in json.loads(rows.read_text(encoding="utf-8"))["rows"]:
                 by_columns.setdefault(tuple(row), []).append(row)
