@@ -18,7 +18,7 @@ from roi import MultiScaleRoIAlign
 POOLED = ["0", "1", "2", "3"]  # P2 to P5
 OUTPUT_SIZE, SAMPLING_RATIO = 7, 2  # torchvision's defaults
 FPN_CHANNELS = 256  # of either pyramid, by default
-HIDDEN = 256  # of the box head; torchvision's 1024 are for 91 classes
+HIDDEN = 256  # features of the box head; torchvision has 1024, for 91 classes
 
 ANCHORS = ((16,), (32,), (64,), (128,), (256,))  # pixels, a level each
 ASPECTS = (1.0, 1.5, 2.5)  # height / width
@@ -74,5 +74,6 @@ def faster_rcnn(backbone: nn.Module, seed: int, size: int) -> FasterRCNN:
         box_head=TwoMLPHead(FPN_CHANNELS * OUTPUT_SIZE**2, HIDDEN),
         box_predictor=FastRCNNPredictor(HIDDEN, len(CLASSES)),
         box_batch_size_per_image=64,
+        box_positive_fraction=0.5,
         box_detections_per_img=20,
     )

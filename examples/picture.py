@@ -31,11 +31,11 @@ def draw(
     """
     rows = -(-len(images) // COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 3 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for ax in axes:
         ax.axis("off")
     for ax, image, target, detection in zip(axes, images, targets, detections, strict=False):
-        ax.imshow(image.permute(1, 2, 0), interpolation="bilinear")
+        ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="bilinear")
         kept = detection["scores"] >= least_score
         boxes, labels, scores = (detection[name][kept] for name in ("boxes", "labels", "scores"))
         covers = box_iou(boxes, target["boxes"]) >= 0.5

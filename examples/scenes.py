@@ -18,8 +18,8 @@ Split = Literal["train", "test"]
 CLASSES = ("background", *"0123456789")  # a label is an index here: 1 + the digit
 TRAIN_SHARE = 0.75  # of the digits, in the data set's order, and of each photo's width, from the left; the rest tests
 
-DIGITS_PER_SCENE = (2, 6)
-DIGIT_SIZE = (20, 60)  # pixels of the scene that the 8×8 pixels of a digit become, before its margins are cut
+DIGITS_PER_SCENE = (5, 10)
+DIGIT_SIZE = (18, 40)  # pixels of the scene that the 8×8 pixels of a digit become, before its margins are cut
 MARGIN = 2  # pixels between the boxes of two digits, at least
 ATTEMPTS = 20  # to find a free place for a digit; without one the scene has a digit less
 INK = 0.25  # opacity from which a pixel belongs to the box
@@ -32,7 +32,7 @@ class Scenes:
 
     Args:
         split: "train" or "test".
-        size: height and width of a scene in pixels, 60 to 160: a digit has to fit in it, and it in the part of a photo.
+        size: height and width of a scene in pixels, 40 to 160: a digit has to fit in it, and it in the part of a photo.
         seed: another seed, other scenes.
 
     Raises:

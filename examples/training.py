@@ -51,7 +51,7 @@ class Trainee:
             self.replica = DistributedDataParallel(self.detector, [device] if device.type == "cuda" else None)
         self.device = device
         self.optimizer = AdamW(detector.parameters(), learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-        self.schedule = LambdaLR(self.optimizer, partial(share_of_rate, steps=steps))
+        self.schedule = LambdaLR(self.optimizer, partial(warm_up_and_cosine, steps=steps))
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
@@ -88,6 +88,14 @@ class Trainee:
         for name in ("detector", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.losses, self.seconds = list(state["losses"]), list(state["seconds"])
+
+
+def warm_up_and_cosine(step: int, steps: int) -> float:
+    """Share of the highest learning rate at that step of so many."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
 
 
 def on_device(targets: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:

@@ -27,6 +27,7 @@ sys.path.append(str(ROOT / "examples"))  # where a script finds its neighbours
 
 import detectors  # noqa: E402
 import digits  # noqa: E402
+import picture  # noqa: E402
 import scenes  # noqa: E402
 import training  # noqa: E402
 
@@ -78,7 +79,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("size", [60, 128, 160])
+@pytest.mark.parametrize("size", [40, 128, 160])
 def test_boxes_are_where_the_digits_are(split: scenes.Split, size: int) -> None:
     made = scenes.Scenes(split, size, seed=3)
     for index in range(20):
@@ -144,7 +145,7 @@ def test_no_digit_and_no_part_of_a_photo_is_in_both_splits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "size", "named"), [("val", 128, "split"), ("train", 59, "size"), ("test", 161, "size")]
+    ("split", "size", "named"), [("val", 128, "split"), ("train", 39, "size"), ("test", 161, "size")]
 )
 def test_bad_scenes_are_refused(split: Any, size: int, named: str) -> None:
     with pytest.raises(ValueError, match=f"^{named} must be"):
@@ -188,6 +189,7 @@ def test_a_killed_training_continues_and_ends_as_one_that_was_not(tmp_path: Path
 
 def test_the_peer_is_trained_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits.main([*TINY, "--steps=2", "--peer=torchvision", f"--output={tmp_path}"])
+    assert (tmp_path / "torchvision-detections.png").exists()
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["detector"] for row in report["rows"]] == ["fpn-roi", "torchvision"]
     assert all(0 <= row["mAP"] <= row["mAP@0.5"] <= 1 and row["seconds per step"] > 0 for row in report["rows"])
@@ -224,6 +226,17 @@ def test_another_trainings_checkpoint_is_refused(tmp_path: Path) -> None:
     training.save({"options": {"seed": 0, "batch": 8}, "step": 1}, path)
     with pytest.raises(ValueError, match=r"of a training with \{'seed': 0\}"):
         training.load(path, {"seed": 1, "batch": 8})
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 500])
+def test_the_learning_rate_rises_and_falls(steps: int) -> None:
+    rates = [training.warm_up_and_cosine(step, steps) for step in range(steps + 1)]
+    top = rates.index(max(rates))
+    assert rates[top] == 1
+    assert rates[0] > 0
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] == pytest.approx(0 if steps > 1 else 1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training() -> None:
@@ -295,3 +308,22 @@ def test_torchrun_trains_and_evaluates_in_two_processes(tmp_path: Path) -> None:
     assert alone["processes"] == 1
     for name in ("mAP", "mAP@0.5"):
         assert together["rows"][0][name] == pytest.approx(alone["rows"][0][name], abs=1e-6)
+
+
+def test_the_picture_shows_the_scenes(tmp_path: Path) -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    made = scenes.Scenes("test")
+    image, target = made[0]
+    nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64), "scores": torch.empty(0)}
+    found = target | {"scores": torch.ones(len(target["labels"]))}
+    wrong = found | {"labels": target["labels"] % 10 + 1}
+    pictures = []
+    for name, detection in (("found", found), ("missed", nothing), ("wrong", wrong)):
+        picture.draw([image], [target], [detection], tmp_path / f"{name}.png")
+        pictures.append(imread(tmp_path / f"{name}.png")[..., :3])
+    colours = [to_rgb(colour) for colour in (picture.RIGHT, picture.MISSED, picture.WRONG)]
+    shown = [[int((abs(drawn - colour) < 0.01).all(-1).sum()) > 50 for colour in colours] for drawn in pictures]
+    assert shown == [[True, False, False], [False, True, False], [False, True, True]]
+    assert all((drawn < 0.9).any(-1).mean() > 0.15 for drawn in pictures)  # one of the four places has a photo in it
