@@ -43,20 +43,16 @@ def draw(
         for box, label, score, right in zip(boxes, labels, scores, same.any(1), strict=True):
             outline(ax, box, RIGHT if right else WRONG, f"{CLASSES[label]} {score:.0%}")
         for box, label in zip(target["boxes"][~same.any(0)], target["labels"][~same.any(0)], strict=True):
-            outline(ax, box, MISSED, f"{CLASSES[label]}?", linestyle="--")
+            outline(ax, box, MISSED, f"{CLASSES[label]}?", missed=True)
     figure.suptitle(f"Test scenes: score ≥ {least_score:g}; green: right, red: wrong, yellow: missed")
     figure.savefig(path, dpi=100)
 
 
-def outline(ax: Axes, box: Tensor, color: str, text: str, linestyle: str = "-") -> None:
+def outline(ax: Axes, box: Tensor, color: str, text: str, missed: bool = False) -> None:
+    """A missed digit's text is at the bottom, where it leaves a wrong detection's readable."""
     x1, y1, x2, y2 = (box - 0.5).tolist()  # a pixel's centre is where matplotlib has its index
-    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=linestyle, linewidth=1.5))
-    ax.text(
-        x1 + 1,
-        y1 + 1,
-        text,
-        color=color,
-        size=9,
-        va="top",
-        path_effects=[withStroke(linewidth=2.5, foreground="black")],
-    )
+    style = {"color": color, "linestyle": "--" if missed else "-", "linewidth": 1.5}
+    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
+    around = [withStroke(linewidth=2.5, foreground="black")]
+    x, y, side = (x1 + 1, y2 - 1, "bottom") if missed else (x1 + 1, y1 + 1, "top")
+    ax.text(x, y, text, color=color, size=9, va=side, path_effects=around)
