@@ -99,9 +99,8 @@ def batch(scenes: Scenes, indices: range, process: Process) -> tuple[Sequence[Te
 
 def evaluate(detector: nn.Module, options: argparse.Namespace, process: Process) -> dict[str, float]:
     """COCO's mAP (the mean of those at IoU 0.5 to 0.95) and mAP@0.5 on the test scenes, which the processes share."""
-    if (
-        process.count > 1
-    ):  # since the last step every process has batch statistics of its own; the first one's are saved
+    # Since the last step every process has batch statistics of its own; the first one's are saved.
+    if process.count > 1:
         for buffer in detector.buffers():
             distributed.broadcast(buffer, src=0)
     metric = MeanAveragePrecision().to(process.device)

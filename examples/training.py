@@ -20,14 +20,6 @@ WEIGHT_DECAY = 1e-4
 WARM_UP = 0.1  # of the steps; then a cosine to zero
 
 
-def share_of_rate(step: int, steps: int) -> float:
-    """Of the highest learning rate, what is used in a step: linear warm-up, then a cosine."""
-    warm_up = max(1, round(WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2 if step < steps else 0.0
-
-
 class Trainee:
     """A detector with its optimizer and its schedule: AdamW, linear warm-up, cosine.
 
