@@ -209,7 +209,10 @@ def test_help_needs_no_libraries(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT as a terminal sends it")
 def test_interrupt(tmp_path: Path) -> None:
+    # A shell's background job is started with interrupts ignored, and so are the programs that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start("--model", "FPN152", "--out", tmp_path / "out")
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("photo ")
     process.send_signal(signal.SIGINT)
