@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from operator import index
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def roi_align(
     check_input(input)
     rois = as_rois(boxes, input).detach()
     height, width = output_pair(output_size)
-    options = sampling_count(sampling_ratio), bool(aligned), backends.check_backend(backend)
+    options = sampling_count(sampling_ratio), check_flag(aligned, "aligned"), backends.check_backend(backend)
     scale = check_scale(spatial_scale)
     return cast(Tensor, torch.ops.fpn_roi.roi_align(input, rois, scale, height, width, *options))
 
@@ -104,9 +105,22 @@ class RoIAlign(nn.Module):
 
 def sampling_count(sampling_ratio: int) -> int:
     """`sampling_ratio` as an int, -1 for "as many as the bin is cells long"."""
-    if not hasattr(sampling_ratio, "__index__"):
-        raise TypeError(f"sampling_ratio must be an int; got {sampling_ratio!r}")
-    return max(index(sampling_ratio), 0) or -1
+    return max(check_int(sampling_ratio, "sampling_ratio"), 0) or -1
+
+
+def check_int(value: int, name: str) -> int:
+    """An integer, NumPy's too, as an int."""
+    # Tensors and arrays have __index__, whatever they hold.
+    if not hasattr(type(value), "__index__") or isinstance(value, Tensor | np.ndarray):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    return index(value)
+
+
+def check_flag(value: bool, name: str) -> bool:
+    """A bool, an integer that stands for one, or NumPy's."""
+    if not isinstance(value, int | np.bool_):
+        raise TypeError(f"{name} must be a bool; got {value!r}")
+    return bool(value)
 
 
 # The operator is linear in `input`: its gradient is its adjoint, whose gradient is the operator again.

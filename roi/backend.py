@@ -23,7 +23,7 @@ _warned: set[str] = set()
 
 
 def check_backend(backend: str, name: str = "backend") -> str:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
 

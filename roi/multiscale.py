@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from roi import backend as backends
-from roi.align import sampling_count
+from roi.align import check_flag, check_int, sampling_count
 from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
 from roi.layout import argmax_format, empty_gradient, empty_pooled, empty_pyramid_argmax, memory_format
 from roi.operators import check_rois, register
@@ -66,7 +66,7 @@ def multiscale_roi_align(
     rois = as_rois(boxes, maps[0]).detach()
     height, width = output_pair(output_size)
     levels = check_canonical(canonical_scale, canonical_level)
-    options = sampling_count(sampling_ratio), bool(aligned), backends.check_backend(backend)
+    options = sampling_count(sampling_ratio), check_flag(aligned, "aligned"), backends.check_backend(backend)
     output = torch.ops.fpn_roi.multiscale_roi_align(maps, rois, scales, *levels, height, width, *options)
     return cast(Tensor, output)
 
@@ -248,6 +248,8 @@ def checked_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float])
                 f"{tuple(first.shape[:2])}, {first.dtype}, {first.device}; "
                 f"got {tuple(map_.shape[:2])}, {map_.dtype}, {map_.device}"
             )
+    if not isinstance(spatial_scales, Sequence):
+        raise TypeError(f"spatial_scales must be a list of a number per level; got {type(spatial_scales).__name__}")
     scales = [check_scale(scale) for scale in spatial_scales]
     if len(scales) != len(features):
         raise ValueError(f"spatial_scales must have one scale per level; got {len(scales)} for {len(features)}")
@@ -258,9 +260,10 @@ def checked_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float])
 
 
 def check_canonical(canonical_scale: int, canonical_level: int) -> tuple[int, int]:
-    if not canonical_scale > 0:
+    scale, level = check_int(canonical_scale, "canonical_scale"), check_int(canonical_level, "canonical_level")
+    if scale <= 0:
         raise ValueError(f"canonical_scale must be positive; got {canonical_scale!r}")
-    return canonical_scale, canonical_level
+    return scale, level
 
 
 # The operators. RoIAlign is linear in the features: its gradient is its adjoint, whose gradient is the operator again.
