@@ -31,7 +31,9 @@ def roi_pool(
     argmax = empty_argmax(input, output, with_argmax, crop_format)
     if cells_cropped(windows, height, width) > len(input) * height * width:
         input = input.contiguous(memory_format=crop_format)
-    cells = torch.arange(height * width, dtype=argmax.dtype, device=input.device).view(height, width)
+    # Their sums are the map's cells. All of those would take several times the memory of a map of one channel.
+    first_cells = torch.arange(0, height * width, width, dtype=argmax.dtype, device=input.device)
+    across = torch.arange(width, dtype=argmax.dtype, device=input.device)
     for k, (image, y, x, h, w) in enumerate(windows.tolist()):
         rows = clipped_side(y, h, pooled_height, height)
         columns = clipped_side(x, w, pooled_width, width)
@@ -46,7 +48,7 @@ def roi_pool(
         maximum, index = F.adaptive_max_pool2d(crop, size, return_indices=True)
         output[bins] = maximum
         if with_argmax:
-            places = cropped(cells, rows.cells, columns.cells).flatten()
+            places = (first_cells[rows.cells, None] + across[columns.cells]).flatten()
             places = places.index_select(0, index.permute(0, 2, 3, 1).flatten())
             argmax[bins] = places.view(1, *size, -1).permute(0, 3, 1, 2)
     return output, argmax
