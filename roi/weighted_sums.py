@@ -163,19 +163,26 @@ def outer(combine: Callable[[Tensor, Tensor], Tensor], rows: Tensor, columns: Te
 
 
 def groups(bins: BinWeights, part: slice, size: int) -> list[tuple[tuple[int, int], Rows]]:
-    """The RoIs of a slice by the size of their entries: (size, RoIs). In one group where that is no more work.
+    """The RoIs of a slice by the size of their entries: (size, RoIs). Of a few ways to do it, the one of least work.
 
     Args:
         size: bins of a RoI.
     """
     sizes = bins.sizes[part]
-    rows, columns = sizes.max(axis=0).tolist()
-    key = sizes[:, 0] * 2**31 + sizes[:, 1]
-    kinds = np.unique(key).tolist()
-    padding = size * (len(sizes) * rows * columns - int(sizes.prod(axis=1).sum()))
-    if padding <= LOOKUPS_PER_GROUP * (len(kinds) - 1):
-        return [((rows, columns), part)]
-    return [(divmod(kind, 2**31), np.flatnonzero(key == kind) + part.start) for kind in kinds]
+    if (sizes == sizes[0]).all():
+        return [((int(sizes[0, 0]), int(sizes[0, 1])), part)]
+    octave = np.frexp(sizes)[1].astype(np.int64)
+    ways = [grouped(key[:, 0] * 2**31 + key[:, 1], sizes) for key in (sizes, octave, octave // 2)]
+    ways.append([(sizes.max(axis=0), np.arange(len(sizes)))])
+    way = min(ways, key=lambda way: sum(LOOKUPS_PER_GROUP + size * len(rois) * most.prod() for most, rois in way))
+    return [((int(rows), int(columns)), rois + part.start) for (rows, columns), rois in way]
+
+
+def grouped(key: Array, sizes: Array) -> list[tuple[Array, Array]]:
+    """RoIs of the same key together: the largest of their `sizes`, [2], and the RoIs, in order."""
+    order = key.argsort(kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
+    return [(sizes[rois].max(axis=0), rois) for rois in groups]
 
 
 def parts_of(cost: Array, limit: int) -> Iterator[slice]:
