@@ -324,11 +324,44 @@ def test_an_accelerated_detector_can_be_fused_later() -> None:
     expected = output_of(detector, photos()[:1])[0]
     assert str(accelerate(detector).acceleration) == "there was nothing to replace"
     accelerate(detector, fuse=True)
-    assert str(detector.acceleration) == "replaced backbone: fused fpn.FPN, levels 0, 1, 2, 3, pool"
+    assert str(detector.acceleration).splitlines() == [
+        "replaced backbone: fused fpn.FPN, levels 0, 1, 2, 3, pool",
+        "replaced roi_heads.box_head: FusedTwoMLPHead",
+    ]
     assert unmatched(output_of(detector, photos()[:1])[0], expected) == 0
     assert any(isinstance(module, FusedConv2d) for module in detector.modules())
     with pytest.raises(ValueError, match="torchvision's FPN has no"):
         torchvision_state_dict(detector)
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("size", [(7, 7), (5, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fused_box_head(layout: torch.memory_format, size: tuple[int, int]) -> None:
+    """The same sums in another order."""
+    from torchvision.models.detection.faster_rcnn import TwoMLPHead
+
+    from fpn.detection.box_head import FusedTwoMLPHead
+
+    head = TwoMLPHead(32 * size[0] * size[1], 64).double()
+    rois = torch.randn(9, 32, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    torch.testing.assert_close(FusedTwoMLPHead(head, *size)(rois), head(rois), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("edit", ["subclass", "hook", "layer"])
+def test_a_box_head_of_anothers_is_left(edit: str) -> None:
+    detector: Any = rcnn("FasterRCNN").eval()
+    head = detector.roi_heads.box_head
+    if edit == "subclass":
+        subclass(head)
+    elif edit == "hook":
+        head.register_forward_pre_hook(print)
+    else:
+        head.fc7 = nn.Identity()
+    accelerate(detector, fuse=True)
+    assert detector.roi_heads.box_head is head
+    assert list(detector.acceleration.replaced) == ["backbone", "roi_heads.box_roi_pool"]
 
 
 def mobile_net() -> nn.Module:

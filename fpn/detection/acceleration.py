@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fpn.checkpoint import export_state_dict
 from fpn.detection.adapters import TorchvisionBackbone
 from fpn.fuse import FusedConv2d
+from roi import MultiScaleRoIAlign
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
 
     Args:
         model: the detector; it is changed in place.
-        fuse: for inference: the backbone in the form that `FPN.fuse` gives. Its weights are new, take no gradient and
-            have no way back to torchvision's names.
+        fuse: for inference: the backbone in the form that `FPN.fuse` gives, and after our pooler a `TwoMLPHead` that
+            reads channels_last RoIs as they lie. Their weights are new, take no gradient and have no way back to
+            torchvision's names.
 
     Returns:
         `model`. Its new attribute `acceleration` is the report, an `Acceleration`, which is also logged: at level
@@ -70,6 +72,7 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a detector, an nn.Module; got {type(model).__name__}")
+    from fpn.detection.box_head import fuse_box_heads
     from fpn.detection.conversion import class_name, convert_backbones, convert_poolers
 
     own = {module: module for module in model.modules() if isinstance(module, TorchvisionBackbone)}
@@ -87,11 +90,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
         replacements |= {old: TorchvisionBackbone(ours.fpn.fuse()).eval() for old, ours in (own | backbones).items()}
     left |= left_poolers
 
-    replaced: dict[str, str] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            model.set_submodule(name, replacements[module])
-            replaced[name] = described(replacements[module])
+    replaced = put(model, replacements)
+    if fuse:
+        replaced |= put(model, fuse_box_heads(model))
     if backbones and all(parameter.device.type == "cpu" for parameter in model.parameters()):
         model.to(memory_format=torch.channels_last)
     report = Acceleration(replaced, left)
@@ -100,9 +101,21 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     return model
 
 
+def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[str, str]:
+    """Puts the replacements of modules inside `model` in their places: by name, what is there now."""
+    replaced = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            model.set_submodule(name, replacements[module])
+            replaced[name] = described(replacements[module])
+    return replaced
+
+
 def described(ours: nn.Module) -> str:
-    if not isinstance(ours, TorchvisionBackbone):
+    if isinstance(ours, MultiScaleRoIAlign):
         return f"roi.{ours!r}"
+    if not isinstance(ours, TorchvisionBackbone):
+        return type(ours).__name__
     form = "fused " if any(isinstance(module, FusedConv2d) for module in ours.modules()) else ""
     return f"{form}fpn.FPN, levels {', '.join(ours.names)}"
 
