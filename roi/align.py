@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from roi import backend as backends
-from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
+from roi.arguments import check_flag, check_input, check_scale, output_pair, sampling_count
+from roi.boxes import Boxes, as_rois
 from roi.layout import empty_gradient, empty_pooled, memory_format
 from roi.operators import check_rois, register
 
@@ -101,26 +100,6 @@ class RoIAlign(nn.Module):
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
             f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}, backend={self.backend!r}"
         )
-
-
-def sampling_count(sampling_ratio: int) -> int:
-    """`sampling_ratio` as an int, -1 for "as many as the bin is cells long"."""
-    return max(check_int(sampling_ratio, "sampling_ratio"), 0) or -1
-
-
-def check_int(value: int, name: str) -> int:
-    """An integer, NumPy's too, as an int."""
-    # Tensors and arrays have __index__, whatever they hold.
-    if not hasattr(type(value), "__index__") or isinstance(value, Tensor | np.ndarray):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    return index(value)
-
-
-def check_flag(value: bool, name: str) -> bool:
-    """A bool, an integer that stands for one, or NumPy's."""
-    if not isinstance(value, int | np.bool_):
-        raise TypeError(f"{name} must be a bool; got {value!r}")
-    return bool(value)
 
 
 # The operator is linear in `input`: its gradient is its adjoint, whose gradient is the operator again.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -53,6 +51,8 @@ def check_boxes(boxes: Tensor, name: str, columns: int, input: Tensor) -> None:
     form = f"{name} must be a floating-point Tensor[K, {columns}] on {input.device}"
     if not isinstance(boxes, Tensor):
         raise TypeError(f"{form}; got {type(boxes).__name__}")
+    if boxes.layout != torch.strided:
+        raise TypeError(f"{form}; got one of {boxes.layout}")
     if boxes.dim() != 2 or boxes.shape[1] != columns:
         raise ValueError(f"{form}; got shape {tuple(boxes.shape)}")
     if not boxes.is_floating_point():
@@ -80,34 +80,3 @@ def valid_rows(rois: NDArray[Any], batch_size: int) -> NDArray[np.bool_]:
     index = rois[:, 0]
     valid: NDArray[np.bool_] = np.isfinite(rois).all(axis=1) & (index >= 0) & (index < batch_size)
     return valid
-
-
-def check_input(input: Tensor, name: str = "input") -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name} must be a Tensor[N, C, H, W]; got {type(input).__name__}")
-    if input.dim() != 4:
-        raise ValueError(f"{name} must be a Tensor[N, C, H, W]; got shape {tuple(input.shape)}")
-    if not input.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {input.dtype}")
-    if input.shape[2] < 1 or input.shape[3] < 1:
-        raise ValueError(f"{name} must have at least one cell; got shape {tuple(input.shape)}")
-
-
-def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) in bins of `output_size`, an int or a pair of them, each at least 1."""
-    pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
-    # NumPy's integers too, as torchvision takes them.
-    pair = tuple(
-        index(side) if hasattr(side, "__index__") and not isinstance(side, torch.SymInt) else side for side in pair
-    )
-    if len(pair) != 2 or not all(isinstance(side, int | torch.SymInt) and side >= 1 for side in pair):
-        raise ValueError(f"output_size must be an int or a pair of ints, at least 1; got {output_size!r}")
-    return pair[0], pair[1]
-
-
-def check_scale(spatial_scale: float) -> float:
-    """`spatial_scale` as a float: cells of the map per unit of the boxes, finite and positive."""
-    scale = float(spatial_scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"spatial_scale must be finite and positive; got {spatial_scale!r}")
-    return scale

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from roi import backend as backends
-from roi.align import check_flag, check_int, sampling_count
-from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
+from roi.arguments import check_flag, check_input, check_int, check_scale, output_pair, sampling_count
+from roi.boxes import Boxes, as_rois
 from roi.layout import argmax_format, empty_gradient, empty_pooled, empty_pyramid_argmax, memory_format
 from roi.operators import check_rois, register
 from roi.torch_multiscale_pool import multiscale_roi_pool_gather
@@ -250,7 +250,7 @@ def checked_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float])
             )
     if not isinstance(spatial_scales, Sequence):
         raise TypeError(f"spatial_scales must be a list of a number per level; got {type(spatial_scales).__name__}")
-    scales = [check_scale(scale) for scale in spatial_scales]
+    scales = [check_scale(scale, "spatial_scales") for scale in spatial_scales]
     if len(scales) != len(features):
         raise ValueError(f"spatial_scales must have one scale per level; got {len(scales)} for {len(features)}")
     if math.log2(scales[0]) % 1 or any(scale != scales[0] / 2**level for level, scale in enumerate(scales)):

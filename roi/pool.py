@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from roi import backend as backends
-from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
+from roi.arguments import check_input, check_scale, output_pair
+from roi.boxes import Boxes, as_rois
 from roi.layout import argmax_format, empty_argmax, empty_gradient, empty_pooled, format_of, memory_format
 from roi.operators import check_rois, register
 from roi.torch_pool import roi_pool_gather

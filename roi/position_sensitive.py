@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from roi import backend as backends
-from roi.align import sampling_count
-from roi.boxes import Boxes, as_rois, check_input, check_scale, output_pair
+from roi.arguments import check_input, check_scale, output_pair, sampling_count
+from roi.boxes import Boxes, as_rois
 from roi.layout import empty_gradient, empty_position_sensitive, memory_format
 from roi.operators import check_rois, register
 

@@ -42,19 +42,10 @@ ANYTHING: list[Any] = [
 ]  # fmt: skip
 
 
-# Faults of roi/boxes.py, which is being rewritten.
-XFAIL = pytest.mark.xfail(reason="roi/boxes.py lets through what it has no name for")
-IN_BOXES = ("input", "boxes", "output_size", "spatial_scale", "spatial_scales")
-
-
 @pytest.mark.filterwarnings("ignore")  # of torch's, and how NumPy turns arrays into numbers
 @pytest.mark.parametrize(
     ("operator", "argument"),
-    [
-        pytest.param(operator, name, marks=XFAIL if name in IN_BOXES else ())
-        for operator, good in GOOD.items()
-        for name in good
-    ],
+    [(operator, name) for operator, good in GOOD.items() for name in good],
 )
 def test_anything_for_an_argument(operator: str, argument: str, tally: Counter[str]) -> None:
     wrong = []
