@@ -325,7 +325,7 @@ def test_modules_are_the_functions() -> None:
         ({"spatial_scales": [1 / 4]}, ValueError, "spatial_scales must have one scale per level; got 1 for 2"),
         ({"spatial_scales": [1 / 4, 1 / 16]}, ValueError, "spatial_scales must be powers of two, each half"),
         ({"spatial_scales": [0.3, 0.15]}, ValueError, "spatial_scales must be powers of two"),
-        ({"spatial_scales": [0, 1]}, ValueError, "spatial_scale must be finite and positive"),
+        ({"spatial_scales": [0, 1]}, ValueError, "spatial_scales must be finite and positive"),
         ({"output_size": 0}, ValueError, "output_size"),
         ({"canonical_scale": 0}, ValueError, "canonical_scale must be positive; got 0"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
