@@ -317,7 +317,7 @@ def test_any_strides(view) -> None:
     [
         ({"input": [1]}, TypeError, r"input must be a Tensor\[N, C, H, W\]; got list"),
         ({"input": torch.zeros(3, 8, 8)}, ValueError, r"input must be a Tensor\[N, C, H, W\]; got shape \(3, 8, 8\)"),
-        ({"input": torch.zeros(2, 3, 8, 8, dtype=torch.int32)}, TypeError, "input must be floating point, of 16 to 64 bits; got torch.i"),
+        ({"input": torch.zeros(2, 3, 8, 8).int()}, TypeError, "must be floating point, of 16 to 64 bits; got torch.i"),
         ({"input": torch.zeros(2, 3, 0, 8)}, ValueError, "at least one cell"),
         ({"boxes": torch.zeros(2, 4)}, ValueError, r"boxes must be a floating-point Tensor\[K, 5\] on cpu; got shape"),
         ({"boxes": torch.zeros(5)}, ValueError, r"Tensor\[K, 5\]"),
