@@ -4,8 +4,9 @@
     python benchmarks/fpn.py --models FPN50 --sizes 480x640 800x1344 --batches 1 2 4 --plot fpn.png --json fpn.json
 
 Both packages run in every form that they have: eager, channels_last, batch norm folded, compiled, in bfloat16, in ONNX
-Runtime. All forms of a row's problem take turns in one run, and their outputs are compared before anything is timed.
-The row "convolutions alone" is the fused model's convolutions one after another, each on the input that it had there.
+Runtime, and on CUDA as a CUDA graph. All forms of a row's problem take turns in one run, and their outputs are compared
+before anything is timed. The row "convolutions alone" is the fused model's convolutions one after another, each on the
+input that it had there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 import fpn
 from benchmarks.harness import describe, environment, interleaved, ratio, table, version_of, write_json
+from fpn.graphs import capture
 from fpn.norm import FrozenBatchNorm2d
 from tests.comparison import randomise, relative_error
 
@@ -113,6 +115,13 @@ def bfloat16(prepare: Prepare) -> Prepare:
     return prepare_autocast
 
 
+def cuda_graph(prepare: Prepare) -> Prepare:
+    def prepare_graph(network: nn.Module, images: Tensor) -> Network:
+        return capture(prepare(network, images), images)
+
+    return prepare_graph
+
+
 def onnx_runtime(network: nn.Module, images: Tensor) -> Network:
     import onnxruntime
 
@@ -186,6 +195,13 @@ INFERENCE = (
     Form("fpn-roi", "convolutions alone", PLAIN, convolutions_alone),
 )
 
+ON_CUDA = (
+    Form("torchvision", "folded, CUDA graph", PLAIN, cuda_graph(folded)),
+    Form("torchvision", "folded, bfloat16, CUDA graph", PLAIN, cuda_graph(bfloat16(folded)), ROUGH),
+    Form("fpn-roi", "fused, CUDA graph", PLAIN, cuda_graph(fused)),
+    Form("fpn-roi", "fused, bfloat16, CUDA graph", PLAIN, cuda_graph(bfloat16(fused)), ROUGH),
+)
+
 
 def training(norm: str) -> tuple[Form, ...]:
     return (
@@ -200,6 +216,10 @@ MODES = {
     f"training, {FROZEN}": training(FROZEN),
     f"training, {PLAIN}": training(PLAIN),
 }
+
+
+def forms_of(mode: str, device: str) -> tuple[Form, ...]:
+    return MODES[mode] + (ON_CUDA if mode == "inference" and device.startswith("cuda") else ())
 
 
 def levels(output: Any) -> list[Tensor]:
@@ -237,7 +257,7 @@ def peak_megabytes(mode: str, index: int, model: str, shape: Sequence[int], devi
     On the CPU it is the growth of the resident set of a process that does nothing else, which is why this is run in
     one; NaN where the system does not tell (it is read from Linux's /proc).
     """
-    call = prepared(mode, MODES[mode][index], model, shape, device)
+    call = prepared(mode, forms_of(mode, device)[index], model, shape, device)
     call(), call()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -296,7 +316,7 @@ def measure(
             "difference": f"{differences[form]:.1e}",
         }
         if memory:
-            index = MODES[mode].index(form)
+            index = forms_of(mode, device).index(form)
             row["MB"] = in_a_process(partial(peak_megabytes, mode, index, model, shape, device))
         rows.append(row)
     return rows
@@ -334,7 +354,7 @@ def main() -> None:
         "--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help=f"{list(MODES)}"
     )
     parser.add_argument(
-        "--forms", nargs="+", metavar="WORDS", help="only forms with these words, e.g. fused 'folded, compiled'"
+        "--forms", nargs="+", metavar="NAME", help="only forms of these names, e.g. fused 'folded, compiled'"
     )
     parser.add_argument("--runs", type=int, default=9, help="rounds that count, after two that do not")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -350,14 +370,14 @@ def main() -> None:
     rows = []
     for model, size, batch, mode in product(options.models, options.sizes, options.batches, options.modes):
         height, width = map(int, size.split("x"))
-        first, *rest = MODES[mode]
-        chosen = [form for form in rest if not options.forms or any(word in str(form) for word in options.forms)]
+        first, *rest = forms_of(mode, options.device)
+        chosen = [form for form in rest if not options.forms or form.name in options.forms]
         shape = (batch, 3, height, width)
         rows += measure(mode, [first, *chosen], model, shape, options.device, options.runs, options.memory)
         print(table(rows[-len(chosen) - 1 :]), end="\n\n", flush=True)
+        if options.json:  # after every problem: what was measured stays if the next one fails
+            write_json(options.json, facts, rows)
     print("ratio: median over the rounds of the first form's time / this one's; above 1, this one is faster")
-    if options.json:
-        write_json(options.json, facts, rows)
     if options.plot:
         plot(rows, options.plot)
 

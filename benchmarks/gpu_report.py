@@ -54,14 +54,18 @@ def benchmark(name: str, limit: int, *options: str) -> Part:
 
 
 WORKLOADS = ("training", "inference", "large", "fast-rcnn")
-IMAGES = ("--sizes", "800x1344", "--batches", "1", "2", "8", "--modes", "inference")
+IMAGES = ("--sizes", "800x1344", "--runs", "5", "--modes", "inference")
+FORMS = ("eager", "channels_last", "bfloat16", "folded", "fused", "folded, bfloat16", "fused, bfloat16")
+GRAPHS = ("folded, CUDA graph", "fused, CUDA graph", "folded, bfloat16, CUDA graph", "fused, bfloat16, CUDA graph")
+COMPILED = ("compiled", "folded, compiled", "fused, compiled")  # which takes most of the time
 PARTS = {
-    "tests": Part(PYTEST, 120),
-    "memcheck": Part([*SANITIZER, "--tool", "memcheck", *PYTEST, *SMALL], 60),
-    "racecheck": Part([*SANITIZER, "--tool", "racecheck", *PYTEST, *SMALL], 60),
-    "roi_pool": benchmark("roi_pool", 80, "--runs", "20", "--workloads", *WORKLOADS),
-    "roi_align": benchmark("roi_align", 80, "--runs", "20", "--problems", *WORKLOADS, "pyramid"),
-    "fpn": benchmark("fpn", 80, "--runs", "5", *IMAGES),
+    "tests": Part(PYTEST, 110),
+    "memcheck": Part([*SANITIZER, "--tool", "memcheck", *PYTEST, *SMALL], 50),
+    "racecheck": Part([*SANITIZER, "--tool", "racecheck", *PYTEST, *SMALL], 50),
+    "roi_pool": benchmark("roi_pool", 65, "--runs", "20", "--workloads", *WORKLOADS),
+    "roi_align": benchmark("roi_align", 65, "--runs", "20", "--problems", *WORKLOADS, "pyramid"),
+    "fpn": benchmark("fpn", 50, *IMAGES, "--batches", "1", "2", "8", "--forms", *FORMS, *GRAPHS),
+    "compiled": benchmark("fpn", 90, *IMAGES, "--batches", "1", "8", "--forms", *COMPILED),
 }
 
 

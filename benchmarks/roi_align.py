@@ -209,10 +209,10 @@ def main() -> None:
         name, *how = case
         rows.append(measure(every[name], *how, device, runs, options.seconds))
         print(rows[-1], file=sys.stderr)
+        if options.json:  # after every problem: what was measured stays if the run is ended
+            write_json(options.json, facts, rows)
     print(table([readable(row) for row in rows]))
     print("\nours: the first; “… / ours”: median over the rounds; above 1, ours is faster")
-    if options.json:
-        write_json(options.json, facts, rows)
     if options.plot:
         plot(options.plot, rows, facts)
 

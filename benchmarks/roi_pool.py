@@ -533,6 +533,7 @@ def main() -> None:
     settings = settings_of(options, device)
     facts["threads"] = ", ".join(str(setting.threads) for setting in settings)
     print(describe(facts))
+    facts["copy GB/s"] = [setting.copy for setting in settings]
     for setting in settings:
         print(f"copy:        {setting.copy:.1f} GB/s with {setting.threads} CPU threads")
     print()
@@ -540,6 +541,8 @@ def main() -> None:
     if options.grid:
         rows = grid(dtypes, options.layouts, settings)
         print_grid(rows)
+        if options.json:
+            write_json(options.json, facts, rows)
     else:
         print_workloads(options.workloads)
         rows = []
@@ -549,6 +552,8 @@ def main() -> None:
             set_threads(setting)
             rows.append(measure(WORKLOADS[name], dtype, layout, mode, setting))
             print(rows[-1], file=sys.stderr)
+            if options.json:  # after every problem: what was measured stays if the run is ended
+                write_json(options.json, facts, rows)
         print(table([readable(row) for row in rows]))
         ours = "cupy" if "cupy ms" in rows[0] else "torch"
         print(f"\nours: {ours}; “… / ours”: median over the rounds; above 1, ours is faster")
@@ -557,8 +562,6 @@ def main() -> None:
         print(table(overheads(device)))
         if options.plot:
             plot(options.plot, rows, facts)
-    if options.json:
-        write_json(options.json, facts | {"copy GB/s": [setting.copy for setting in settings]}, rows)
 
 
 if __name__ == "__main__":
