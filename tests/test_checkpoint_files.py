@@ -160,8 +160,8 @@ def test_hostile_pickles_run_nothing_and_are_refused_by_name(tmp_path: Path, for
     write(tmp_path / "c.pth", content, form)
     with pytest.raises(CheckpointError, match=r"refused, and nothing of it was run") as caught:
         read_checkpoint(tmp_path / "c.pth")
-    # Protocols before 4 pickle a method as the getattr of its class.
-    named = {"system": "system", "eval": "eval", "getattr": "getattr", "Path.touch": "Path.touch|getattr"}[call]
+    # Protocols before 4 pickle a method as the getattr of its class, which Python 3.10 names first.
+    named = {"system": "system", "eval": "eval", "getattr": "getattr", "Path.touch": "Path.touch|getattr|Path"}[call]
     assert any(
         f"it calls for {module}{name}" in str(caught.value)
         for name in named.split("|")
