@@ -43,6 +43,8 @@ def roi_pool(
         if not rows.bins or not columns.bins:
             continue
         crop = cropped(input[image : image + 1], rows.cells, columns.cells).contiguous(memory_format=crop_format)
+        if crop.is_cpu and crop.dtype == torch.bfloat16 and crop.is_contiguous():
+            crop = crop.float()  # torch 2.6 counts such a map's cells in bfloat16
         size = (len(rows.bins), len(columns.bins))
         bins = (slice(k, k + 1), slice(None), as_slice(rows.bins), as_slice(columns.bins))
         maximum, index = F.adaptive_max_pool2d(crop, size, return_indices=True)

@@ -38,7 +38,7 @@ def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
 
 def check_scale(spatial_scale: float, name: str = "spatial_scale") -> float:
     """A finite, positive number of cells of the map per unit of the boxes, as a float."""
-    if not isinstance(spatial_scale, Real | torch.SymInt | torch.SymFloat):
+    if not isinstance(spatial_scale, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number; got {spatial_scale!r}")
     scale = float(spatial_scale)
     if not 0 < scale < math.inf:
@@ -59,11 +59,11 @@ def check_int(value: int, name: str) -> int:
 
 def is_integer(value: object) -> bool:
     """Whether it is an integer of Python's, NumPy's or a compiler's. Tensors and arrays only have its methods."""
-    return hasattr(type(value), "__index__") and not isinstance(value, Tensor | np.ndarray)
+    return hasattr(type(value), "__index__") and not isinstance(value, (Tensor, np.ndarray))
 
 
 def check_flag(value: bool, name: str) -> bool:
     """A bool, an integer that stands for one, or NumPy's."""
-    if not isinstance(value, int | np.bool_):
+    if not isinstance(value, (int, np.bool_)):
         raise TypeError(f"{name} must be a bool; got {value!r}")
     return bool(value)
