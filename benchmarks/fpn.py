@@ -3,10 +3,10 @@
     python benchmarks/fpn.py
     python benchmarks/fpn.py --models FPN50 --sizes 480x640 800x1344 --batches 1 2 4 --plot fpn.png --json fpn.json
 
-Both packages run in every form that they have: eager, channels_last, batch norm folded, compiled, in bfloat16, in ONNX
-Runtime, and on CUDA as a CUDA graph. All forms of a row's problem take turns in one run, and their outputs are compared
-before anything is timed. The row "convolutions alone" is the fused model's convolutions one after another, each on the
-input that it had there.
+Both packages run in every form that they have: eager, channels_last, batch norm folded, compiled, in bfloat16, in int8
+by PyTorch's own quantization (torchao's, on the CPU), in ONNX Runtime, as a CUDA graph. A form whose library is missing is
+left out. All forms of a row's problem take turns in one run, and their outputs are compared before anything is timed. The
+row "convolutions alone" is the fused model's convolutions one after another, each on the input that it had there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -122,6 +123,19 @@ def cuda_graph(prepare: Prepare) -> Prepare:
     return prepare_graph
 
 
+def int8(network: nn.Module, images: Tensor) -> Network:
+    """Convolutions, residual sums and the maps between them in int8; the ranges are those of another random batch."""
+    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        observed = prepare_pt2e(torch.export.export(network, (images,), strict=True).module(), quantizer)
+        observed(torch.randn(images.shape, generator=torch.Generator().manual_seed(2)))
+        return lower_pt2e_quantized_to_x86(convert_pt2e(observed), (images,))
+
+
 def onnx_runtime(network: nn.Module, images: Tensor) -> Network:
     import onnxruntime
 
@@ -168,12 +182,18 @@ class Form:
     norm: str
     prepare: Prepare = as_it_is
     tolerance: float = 1e-4  # of the levels, relative to those of the mode's first form
+    needs: str = "torch"  # the module without which there is no such form
+    device: str = ""  # the kind of device that it is for; else any
 
     def __str__(self) -> str:
         return f"{self.package}, {self.name}"
 
+    def runs_on(self, device: str) -> bool:
+        return device.startswith(self.device) and find_spec(self.needs) is not None
+
 
 ROUGH = 5e-2  # bfloat16 keeps eight bits
+COARSE = 1e-1  # int8 has 256 steps for the whole range of a map
 
 # The first form of a mode is what the others are compared with: torchvision's own default.
 INFERENCE = (
@@ -185,21 +205,20 @@ INFERENCE = (
     Form("torchvision", "folded, compiled", PLAIN, compiled(folded)),
     Form("torchvision", "bfloat16", FROZEN, bfloat16(as_it_is), ROUGH),
     Form("torchvision", "folded, bfloat16", PLAIN, bfloat16(folded), ROUGH),
-    Form("torchvision", "ONNX Runtime", PLAIN, onnx_runtime),
+    Form("torchvision", "int8", PLAIN, int8, COARSE, "torchao", "cpu"),
+    Form("torchvision", "ONNX Runtime", PLAIN, onnx_runtime, needs="onnxruntime"),
     Form("fpn-roi", "eager", FROZEN),
     Form("fpn-roi", "eager, plain batch norm", PLAIN),
     Form("fpn-roi", "fused", PLAIN, fused),
     Form("fpn-roi", "fused, compiled", PLAIN, compiled(fused)),
     Form("fpn-roi", "fused, bfloat16", PLAIN, bfloat16(fused), ROUGH),
-    Form("fpn-roi", "ONNX Runtime", PLAIN, onnx_runtime),
+    Form("fpn-roi", "int8", PLAIN, int8, COARSE, "torchao", "cpu"),
+    Form("fpn-roi", "ONNX Runtime", PLAIN, onnx_runtime, needs="onnxruntime"),
     Form("fpn-roi", "convolutions alone", PLAIN, convolutions_alone),
-)
-
-ON_CUDA = (
-    Form("torchvision", "folded, CUDA graph", PLAIN, cuda_graph(folded)),
-    Form("torchvision", "folded, bfloat16, CUDA graph", PLAIN, cuda_graph(bfloat16(folded)), ROUGH),
-    Form("fpn-roi", "fused, CUDA graph", PLAIN, cuda_graph(fused)),
-    Form("fpn-roi", "fused, bfloat16, CUDA graph", PLAIN, cuda_graph(bfloat16(fused)), ROUGH),
+    Form("torchvision", "folded, CUDA graph", PLAIN, cuda_graph(folded), device="cuda"),
+    Form("torchvision", "folded, bfloat16, CUDA graph", PLAIN, cuda_graph(bfloat16(folded)), ROUGH, device="cuda"),
+    Form("fpn-roi", "fused, CUDA graph", PLAIN, cuda_graph(fused), device="cuda"),
+    Form("fpn-roi", "fused, bfloat16, CUDA graph", PLAIN, cuda_graph(bfloat16(fused)), ROUGH, device="cuda"),
 )
 
 
@@ -216,10 +235,6 @@ MODES = {
     f"training, {FROZEN}": training(FROZEN),
     f"training, {PLAIN}": training(PLAIN),
 }
-
-
-def forms_of(mode: str, device: str) -> tuple[Form, ...]:
-    return MODES[mode] + (ON_CUDA if mode == "inference" and device.startswith("cuda") else ())
 
 
 def levels(output: Any) -> list[Tensor]:
@@ -257,7 +272,7 @@ def peak_megabytes(mode: str, index: int, model: str, shape: Sequence[int], devi
     On the CPU it is the growth of the resident set of a process that does nothing else, which is why this is run in
     one; NaN where the system does not tell (it is read from Linux's /proc).
     """
-    call = prepared(mode, forms_of(mode, device)[index], model, shape, device)
+    call = prepared(mode, MODES[mode][index], model, shape, device)
     call(), call()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -316,32 +331,37 @@ def measure(
             "difference": f"{differences[form]:.1e}",
         }
         if memory:
-            index = forms_of(mode, device).index(form)
+            index = MODES[mode].index(form)
             row["MB"] = in_a_process(partial(peak_megabytes, mode, index, model, shape, device))
         rows.append(row)
     return rows
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Inference: time against pixels at the first batch, and time per image against batch at the first size."""
+    """Inference: bars of every form, in a column of panels for each image size and a row for each model and batch."""
     from matplotlib.figure import Figure
 
-    rows = [row | dict(zip("nchw", map(int, row["images"].split("×")), strict=True)) for row in rows]
-    rows = [row for row in rows if row["mode"] == "inference" and row["model"] == rows[0]["model"]]
-    first = rows[0]
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    by_size, by_batch = figure.subplots(1, 2)
-    for package, form in dict.fromkeys((row["package"], row["form"]) for row in rows):
-        line = [row for row in rows if (row["package"], row["form"]) == (package, form)]
-        style = {"label": f"{package}, {form}", "marker": "o", "linestyle": "--" if package == "torchvision" else "-"}
-        sizes = [(row["h"] * row["w"] / 1e6, row["ms"]) for row in line if row["n"] == first["n"]]
-        batches = [(row["n"], row["ms"] / row["n"]) for row in line if row["h"] * row["w"] == first["h"] * first["w"]]
-        by_size.plot(*zip(*sorted(sizes), strict=True), **style)
-        by_batch.plot(*zip(*sorted(batches), strict=True), **style)
-    by_size.set(xlabel=f"megapixels of each of {first['n']}", ylabel="ms")
-    by_batch.set(xlabel=f"images of {first['h']}×{first['w']}", ylabel="ms per image")
-    figure.suptitle(f"{first['model']}, inference")
-    figure.legend(*by_size.get_legend_handles_labels(), loc="outside right")
+    panels: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        if row["mode"] == "inference":
+            batch, _, height, width = row["images"].split("×")
+            across = panels.setdefault((row["model"], batch), {})
+            across.setdefault(f"{height}×{width}", []).append(row)
+    columns = len(next(iter(panels.values())))
+    forms = max(len(shown) for across in panels.values() for shown in across.values())
+    figure = Figure(figsize=(3 + 4 * columns, (1 + 0.25 * forms) * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), columns, sharey=True, squeeze=False)
+    for ((model, batch), across), line in zip(panels.items(), grid, strict=True):
+        for (size, shown), axis in zip(across.items(), line, strict=True):
+            names = [f"{row['package']}, {row['form']}" for row in shown]
+            colours = ["C0" if row["package"] == "fpn-roi" else "C7" for row in shown]
+            bars = axis.barh(names, [row["ms"] / int(batch) for row in shown], color=colours)
+            axis.bar_label(bars, fmt="%.0f", padding=3)
+            axis.margins(x=0.15, y=0.02)
+            axis.set_title(f"{model}, {size}, batch {batch}", fontsize=10)
+    for axis in grid[-1]:
+        axis.set_xlabel("ms per image, median")
+    grid[0, 0].invert_yaxis()  # shared by all
     figure.savefig(path, dpi=120)
 
 
@@ -361,16 +381,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory", action="store_true", help="also peak memory, of each form in a process of its own")
     parser.add_argument("--json", type=Path, help="also write the environment and the rows there")
-    parser.add_argument("--plot", type=Path, help="also draw time against image size and batch there")
+    parser.add_argument("--plot", type=Path, help="also draw inference, by model, image size and batch, there")
     options = parser.parse_args()
+    if options.plot and "inference" not in options.modes:
+        parser.error(f"--plot draws the mode inference; got --modes {options.modes}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    facts = environment(torch.device(options.device)) | {"onnxruntime": version_of("onnxruntime")}
+    facts = environment(torch.device(options.device)) | {name: version_of(name) for name in ("onnxruntime", "torchao")}
     print(describe(facts), end="\n\n")
     rows = []
     for model, size, batch, mode in product(options.models, options.sizes, options.batches, options.modes):
         height, width = map(int, size.split("x"))
-        first, *rest = forms_of(mode, options.device)
+        first, *rest = (form for form in MODES[mode] if form.runs_on(options.device))
         chosen = [form for form in rest if not options.forms or form.name in options.forms]
         shape = (batch, 3, height, width)
         rows += measure(mode, [first, *chosen], model, shape, options.device, options.runs, options.memory)
