@@ -39,7 +39,7 @@ def as_rois(boxes: Boxes, input: Tensor) -> Tensor:
     if not boxes:
         return input.new_empty((0, 5), dtype=torch.float32)
     coordinates = widened(torch.cat(list(boxes)))
-    index = torch.cat([coordinates.new_full((len(part), 1), image) for image, part in enumerate(boxes)])
+    index = torch.cat([coordinates.new_full((part.shape[0], 1), image) for image, part in enumerate(boxes)])
     return torch.cat([index, coordinates], dim=1)
 
 

@@ -219,12 +219,12 @@ def infer_scales(maps: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
     Raises:
         ValueError: by height and by width that is not the same.
     """
-    height = max(shape[0] for shape in image_shapes)
-    width = max(shape[1] for shape in image_shapes)
+    height = max(known(shape[0]) for shape in image_shapes)
+    width = max(known(shape[1]) for shape in image_shapes)
     scales = []
     for map_ in maps:
         by_height, by_width = (
-            2.0 ** round(math.log2(cells / pixels))
+            2.0 ** round(math.log2(known(cells) / pixels))
             for cells, pixels in zip(map_.shape[-2:], (height, width), strict=True)
         )
         if by_height != by_width:
@@ -233,6 +233,13 @@ def infer_scales(maps: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
             )
         scales.append(by_height)
     return scales
+
+
+def known(size: int) -> int:
+    """A side as a number. One that `torch.export` leaves open has that of the example: scales are the same at any size,
+    and to compare the open side with a number would close it.
+    """
+    return cast(int, size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def checked_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float]) -> tuple[list[Tensor], list[float]]:
