@@ -1,0 +1,237 @@
+"""The RoI operators as ONNX: what `torch.onnx.export` puts in their places. Needs onnxscript; `import roi` does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from roi.bins import MAX_CELL
+from roi.levels import EPSILON
+
+try:
+    from onnxscript import ir, opset18
+except ImportError as error:
+    raise ImportError("ONNX export needs onnxscript: pip install onnx onnxscript") from error
+
+# Records operators by name: the file has the opset that torch.onnx.export is asked for. Python's constants are taken
+# too, which its annotations do not say; where no other operand tells a constant's dtype, `constant` does.
+op: Any = opset18
+Value = Any  # a tensor of the graph that is being recorded
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The operators of this package in ONNX's: for `torch.onnx.export(…, dynamo=True, custom_translation_table=…)`.
+
+    `roi_align` and `multiscale_roi_align` become RoiAlign, `roi_pool` and `multiscale_roi_pool` MaxRoiPool, the poolers
+    one for each level, on the rows that belong to it. All else are standard operators too, of opset 18 or later. Batch,
+    heights, widths and the number of boxes may be open, and be 0 or 1 where they are. The position-sensitive operators
+    have no counterpart: exporting them raises torch's error that no ONNX function was found for them.
+
+    Results are those of the operators here, except that
+
+    - boxes are not checked. onnxruntime refuses batch indices off the batch and, in RoiAlign, numbers that are not
+      finite; with adaptive sampling it also takes all samples of a RoI that lie off the map, in time and memory.
+    - a sample off the map is 0 times the first cell of the map, which matters where that is not finite.
+    - a bin of max pooling that holds -inf alone may give the lowest finite number.
+    - of boxes whose size is within 1e-6 of where two levels meet, some may go to the other one.
+    - onnxruntime has no MaxRoiPool for float64 features on the CPU.
+
+    Returns:
+        From operator to the function that records it; to be merged with translations of one's own.
+    """
+    operators = torch.ops.fpn_roi
+    return {
+        operators.roi_align.default: roi_align,
+        operators.roi_pool.default: roi_pool,
+        operators.multiscale_roi_align.default: multiscale_roi_align,
+        operators.multiscale_roi_pool.default: multiscale_roi_pool,
+    }
+
+
+# The translations, with the operators' arguments. The dtype of an argument is known as it is recorded.
+
+
+def roi_align(
+    input: Value,
+    rois: Value,
+    scale: float,
+    height: int,
+    width: int,
+    ratio: int,
+    aligned: bool,
+    backend: str,
+) -> Value:
+    return aligned_rows(input, rois, wider(input, rois), scale, height, width, ratio, aligned)
+
+
+def roi_pool(
+    input: Value, rois: Value, scale: float, height: int, width: int, with_argmax: bool, backend: str
+) -> tuple[Value, Value]:
+    return pooled_rows(input, rois, rois.dtype, scale, height, width), no_argmax()
+
+
+def multiscale_roi_align(
+    features: Sequence[Value],
+    rois: Value,
+    scales: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
+    height: int,
+    width: int,
+    ratio: int,
+    aligned: bool,
+    backend: str,
+) -> Value:
+    dtype = wider(features[0], rois)
+    places = places_by_level(rois, scales, canonical_scale, canonical_level)
+    parts = [
+        aligned_rows(map_, op.Gather(rois, own, axis=0), dtype, scale, height, width, ratio, aligned)
+        for map_, own, scale in zip(features, places, scales, strict=True)
+    ]
+    return in_order(parts, places)
+
+
+def multiscale_roi_pool(
+    features: Sequence[Value],
+    rois: Value,
+    scales: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
+    height: int,
+    width: int,
+    with_argmax: bool,
+    backend: str,
+) -> tuple[Value, Value]:
+    places = places_by_level(rois, scales, canonical_scale, canonical_level)
+    parts = [
+        pooled_rows(map_, op.Gather(rois, own, axis=0), rois.dtype, scale, height, width)
+        for map_, own, scale in zip(features, places, scales, strict=True)
+    ]
+    return in_order(parts, places), no_argmax()
+
+
+def wider(input: Value, rois: Value) -> ir.DataType:
+    """What RoIAlign is computed in: ONNX has one dtype for features and boxes."""
+    return ir.DataType.DOUBLE if ir.DataType.DOUBLE in (input.dtype, rois.dtype) else ir.DataType.FLOAT
+
+
+def constant(value: Any, dtype: ir.DataType) -> Value:
+    return op.Constant(value=ir.tensor(np.asarray(value, dtype.numpy())))
+
+
+def no_argmax() -> Value:
+    """In place of the second result of max pooling, which only gradients read."""
+    return constant([], ir.DataType.INT32)
+
+
+def aligned_rows(
+    input: Value, rois: Value, dtype: ir.DataType, scale: float, height: int, width: int, ratio: int, aligned: bool
+) -> Value:
+    """RoIAlign, computed in `dtype`."""
+    boxes = op.Cast(op.Slice(rois, [1], [5], [1]), to=dtype)
+    if aligned and ratio <= 0:
+        # A reversed RoI has no samples; by RoiAlign's formula their number would be negative.
+        first, last = op.Split(boxes, axis=1, num_outputs=2)
+        boxes = op.Concat(first, op.Max(first, last), axis=1)
+    pooled = op.RoiAlign(
+        op.Cast(input, to=dtype),
+        boxes,
+        op.Cast(op.Gather(rois, 0, axis=1), to=ir.DataType.INT64),
+        coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+        mode="avg",
+        output_height=height,
+        output_width=width,
+        sampling_ratio=max(ratio, 0),
+        spatial_scale=scale,
+    )
+    return op.CastLike(pooled, input)
+
+
+def pooled_rows(input: Value, rois: Value, rois_dtype: ir.DataType, scale: float, height: int, width: int) -> Value:
+    """RoI max pooling: MaxRoiPool with a RoI of whole cells, on the map or next to it, for each bin.
+
+    On a RoI with several bins it computes them in float32, so that some are a cell too large.
+    """
+    dtype = ir.DataType.DOUBLE if input.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    maps = op.Cast(input, to=dtype)
+    cells = op.Cast(bins_as_rois(input, rois, rois_dtype, scale, height, width), to=dtype)
+    pooled = with_nan(max_of_cells(maps, cells), maps, cells, dtype)
+    bins = constant([height, width], ir.DataType.INT64)
+    shape = op.Concat(op.Shape(rois, start=0, end=1), bins, op.Shape(input, start=1, end=2), axis=0)
+    rows = op.Transpose(op.Reshape(pooled, shape, allowzero=1), perm=[0, 3, 1, 2])
+    return op.CastLike(rows, input)
+
+
+def max_of_cells(maps: Value, rois: Value) -> Value:
+    """[B, C, 1, 1] of [B, 5] of (image, x1, y1, x2, y2) in cells, both ends inclusive; 0 off the map."""
+    return op.MaxRoiPool(maps, rois, pooled_shape=[1, 1], spatial_scale=1.0)
+
+
+def with_nan(pooled: Value, maps: Value, rois: Value, dtype: ir.DataType) -> Value:
+    """`max_of_cells`, which passes over NaN, with NaN where there is one among the cells."""
+    nan = op.Cast(op.IsNaN(maps), to=dtype)
+    anywhere = max_of_cells(op.ReduceMax(nan, [1], keepdims=1), rois)  # of few channels, as there hardly ever is one
+    rows = op.Squeeze(op.NonZero(op.Reshape(anywhere, [-1])), [0])
+    found = op.Cast(max_of_cells(nan, op.Gather(rois, rows, axis=0)), to=ir.DataType.BOOL)
+    values = op.Where(found, constant(math.nan, dtype), op.Gather(pooled, rows, axis=0))
+    return op.ScatterND(pooled, op.Unsqueeze(rows, [1]), values)
+
+
+def bins_as_rois(input: Value, rois: Value, rois_dtype: ir.DataType, scale: float, height: int, width: int) -> Value:
+    """[K·height·width, 5] of int64: what `roi.bins` says of the bins, as `max_of_cells` takes it."""
+    integer = ir.DataType.INT64
+    scaled = op.Mul(op.Slice(rois, [1], [5], [1]), constant(scale, rois_dtype))
+    farthest = constant(MAX_CELL, rois_dtype)
+    cells = op.Cast(op.Clip(round_half_away(scaled, rois_dtype), op.Neg(farthest), farthest), to=integer)
+    x1, y1, x2, y2 = op.Split(cells, axis=1, num_outputs=4)
+    top, bottom = bin_ends(y1, y2, height, op.Shape(input, start=2, end=3))
+    left, right = bin_ends(x1, x2, width, op.Shape(input, start=3, end=4))
+    image = op.Cast(op.Slice(rois, [0], [1], [1]), to=integer)
+    shape = op.Concat(op.Shape(rois, start=0, end=1), constant([height, width, 1], integer), axis=0)
+    columns = [
+        op.Expand(op.Unsqueeze(side, axes), shape)
+        for side, axes in ((image, [1, 2]), (left, [1, 3]), (top, [2, 3]), (right, [1, 3]), (bottom, [2, 3]))
+    ]
+    return op.Reshape(op.Concat(*columns, axis=3), [-1, 5])
+
+
+def round_half_away(x: Value, dtype: ir.DataType) -> Value:
+    size = op.Abs(x)
+    whole = op.Floor(size)
+    up = op.GreaterOrEqual(op.Sub(size, whole), constant(0.5, dtype))
+    return op.Mul(op.Sign(x), op.Add(whole, op.Cast(up, to=dtype)))
+
+
+def bin_ends(first: Value, last: Value, bins: int, limit: Value) -> tuple[Value, Value]:
+    """First and last cell of every bin on a side of the map, [K, bins], from those of the RoI, [K, 1].
+
+    Those of a bin that lies off the map are both -1 or both `limit`.
+    """
+    size = op.Max(op.Add(op.Sub(last, first), 1), 1)
+    place = constant(range(bins), ir.DataType.INT64)
+    begin = op.Add(first, op.Div(op.Mul(size, place), bins))
+    # ceil((p + 1)·size / bins) - 1
+    end = op.Add(first, op.Div(op.Sub(op.Mul(size, op.Add(place, 1)), 1), bins))
+    return op.Min(op.Max(begin, -1), limit), op.Min(op.Max(end, -1), limit)
+
+
+def places_by_level(rois: Value, scales: Sequence[float], canonical_scale: int, canonical_level: int) -> list[Value]:
+    """Of each level the indices of its rows of `rois`, as `roi.levels.map_levels` assigns them."""
+    x1, y1, x2, y2 = op.Split(op.Slice(rois, [1], [5], [1]), axis=1, num_outputs=4)
+    size = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))  # NaN, of a negative area, reaches no level
+    # ONNX has no log2: floor(canonical_level + log2(size / canonical_scale) + EPSILON) >= k as a bound of the size.
+    smallest = [canonical_scale * 2 ** (-math.log2(scale) - canonical_level - EPSILON) for scale in scales[1:]]
+    reached = op.Cast(op.GreaterOrEqual(size, constant(smallest, rois.dtype)), to=ir.DataType.INT64)
+    level = op.ReduceSum(reached, [1], keepdims=0)
+    return [op.Squeeze(op.NonZero(op.Equal(level, index)), [0]) for index in range(len(scales))]
+
+
+def in_order(parts: Sequence[Value], places: Sequence[Value]) -> Value:
+    """The rows of all parts, each in its place."""
+    place = op.Concat(*places, axis=0)
+    row = op.Range(0, op.Squeeze(op.Shape(place)), 1)
+    return op.Gather(op.Concat(*parts, axis=0), op.ScatterElements(place, place, row), axis=0)
