@@ -4,8 +4,8 @@
     python benchmarks/fpn.py --models FPN50 --sizes 480x640 800x1344 --batches 1 2 4 --plot fpn.png --json fpn.json
 
 Both packages run in every form that they have: eager, channels_last, batch norm folded, compiled, in bfloat16, in int8
-by PyTorch's own quantization (torchao's, on the CPU), in ONNX Runtime, as a CUDA graph. A form whose library is missing
-is left out. All forms of a row's problem take turns in one run, and their outputs are compared before anything is timed.
+by PyTorch's own quantization (torchao's, on the CPU), in ONNX Runtime, as a CUDA graph. One whose library is missing is
+left out. All forms of a row's problem take turns in one run, and their outputs are compared before anything is timed.
 The row "convolutions alone" is the fused model's convolutions one after another, each on the input that it had there.
 """
 
