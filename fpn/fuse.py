@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,10 @@ class FusedConv2d(nn.Module):
         super().__init__()
         self.conv = conv if norm is None else fold(conv, norm)
         self.relu = relu
+        self.packed: tuple[object, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"packed": None}  # in a layout that can be neither copied nor saved
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """The map, in channels_last memory.
@@ -98,12 +102,32 @@ class FusedConv2d(nn.Module):
             addend: of the output's shape; it may be overwritten.
         """
         x = x.contiguous(memory_format=torch.channels_last)
-        if (self.relu or addend is not None) and one_pass_fits(self.conv, x, addend):
-            return one_pass(self.conv, x, addend, self.relu)
+        if one_pass_fits(self.conv, x, addend):
+            return one_pass(self.conv, self.weight_for(x), x, addend, self.relu)
         y: Tensor = self.conv(x)
         if addend is not None:
             y += addend
         return y.relu_() if self.relu else y
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The weight in the layout that oneDNN works in, and would else bring it to in every call; under autocast cast.
+
+        The layout is that for the first map: for one of another size oneDNN changes it once more, if it has to.
+        """
+        weight, dtype = self.conv.weight, autocast_dtype(x)
+        if weight.dtype != dtype:
+            return weight.to(dtype)
+        made_of = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        packed = self.packed  # other threads may replace it meanwhile
+        if packed is None or packed[0] != made_of:
+            packed = self.packed = (made_of, pack(self.conv, x))
+        return packed[1]
+
+
+def pack(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The weight of `conv` in the layout, known to nobody else, that oneDNN takes for maps of the shape of `x`."""
+    options = (conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape))
+    return cast(Tensor, torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *options))
 
 
 def fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
@@ -113,19 +137,22 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     return wide.to(device, dtype).requires_grad_(False)
 
 
-def one_pass(conv: nn.Conv2d, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
+def one_pass(conv: nn.Conv2d, weight: Tensor, x: Tensor, addend: Tensor | None, relu: bool) -> Tensor:
     """relu(conv(x) + addend), in the memory of `addend`: oneDNN adds and clamps what is still in the cache.
 
     torch.compile turns the pattern into these same operators. They are not documented; hence `one_pass_works`.
+
+    Args:
+        weight: that of `conv` in the dtype of the pass, packed or not.
     """
-    dtype = autocast_dtype(x)
-    bias = None if conv.bias is None else conv.bias.to(dtype)
-    options = (conv.weight.to(dtype), bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    bias = None if conv.bias is None else conv.bias.to(weight.dtype)
+    options = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    x = x.to(weight.dtype)
     if addend is None:
-        y = torch.ops.mkldnn._convolution_pointwise(x.to(dtype), *options, "relu", [], "")
+        y = torch.ops.mkldnn._convolution_pointwise(x, *options, "relu" if relu else "none", [], "")
     else:
         last = "relu" if relu else None
-        y = torch.ops.mkldnn._convolution_pointwise_.binary(addend, x.to(dtype), *options, "add", 1.0, last, [], None)
+        y = torch.ops.mkldnn._convolution_pointwise_.binary(addend, x, *options, "add", 1.0, last, [], None)
     return cast(Tensor, y)
 
 
@@ -157,8 +184,16 @@ def one_pass_works(dtype: torch.dtype) -> bool:
     with torch.inference_mode():
         x = torch.tensor([-3.0, -1.0, 0.0, 2.0], dtype=dtype).reshape(1, 1, 2, 2).expand(1, 2, 2, 2)
         x = x.contiguous(memory_format=torch.channels_last)
-        uses = ((None, True, [0, 0, 1, 3]), (x.clone(), True, [0, 0, 1, 5]), (x.clone(), False, [-5, -1, 1, 5]))
+        uses = (
+            (None, False, [-2, 0, 1, 3]),
+            (None, True, [0, 0, 1, 3]),
+            (x.clone(), True, [0, 0, 1, 5]),
+            (x.clone(), False, [-5, -1, 1, 5]),
+        )
         try:
-            return all(one_pass(conv, x, addend, relu)[0, 1].flatten().tolist() == y for addend, relu, y in uses)
+            weight = pack(conv, x)
+            return all(
+                one_pass(conv, weight, x, addend, relu)[0, 1].flatten().tolist() == y for addend, relu, y in uses
+            )
         except (AttributeError, RuntimeError):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -285,3 +286,24 @@ def test_torch_jit_trace() -> None:
     fused = random_fpn().fuse()
     traced = torch.jit.trace(fused, torch.randn(1, 3, 64, 64), check_trace=False)
     assert "mkldnn" not in str(traced.inlined_graph)
+
+
+def test_packed_weights_follow_the_weights() -> None:
+    """Through what changes them in place, replaces, copies and saves them, and from one image size to another."""
+    model = random_fpn()
+    fused = model.fuse()
+    with torch.no_grad():
+        for size in (64, 96, 65):
+            images = torch.randn(2, 3, size, size)
+            assert largest_error(fused(images), model(images)) < 1e-5
+        for parameter in (*model.parameters(), *model.buffers()):
+            if parameter.is_floating_point():
+                parameter.mul_(1.01)
+        fused.load_state_dict(model.fuse().state_dict())
+        expected = model(images)
+        assert largest_error(fused(images), expected) < 1e-5
+        buffer = io.BytesIO()
+        torch.save(fused, buffer)
+        buffer.seek(0)
+        for twin in (copy.deepcopy(fused), torch.load(buffer, weights_only=False), fused.bfloat16().float()):
+            assert largest_error(twin(images), expected) < (5e-2 if twin is fused else 1e-5)
