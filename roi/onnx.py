@@ -123,6 +123,10 @@ def constant(value: Any, dtype: ir.DataType) -> Value:
     return op.Constant(value=ir.tensor(np.asarray(value, dtype.numpy())))
 
 
+def columns(rows: Value, first: int, end: int) -> Value:
+    return op.Slice(rows, [first], [end], [1])
+
+
 def no_argmax() -> Value:
     """In place of the second result of max pooling, which only gradients read."""
     return constant([], ir.DataType.INT32)
@@ -132,11 +136,11 @@ def aligned_rows(
     input: Value, rois: Value, dtype: ir.DataType, scale: float, height: int, width: int, ratio: int, aligned: bool
 ) -> Value:
     """RoIAlign, computed in `dtype`."""
-    boxes = op.Cast(op.Slice(rois, [1], [5], [1]), to=dtype)
+    boxes = op.Cast(columns(rois, 1, 5), to=dtype)
     if aligned and ratio <= 0:
         # A reversed RoI has no samples; by RoiAlign's formula their number would be negative.
-        first, last = op.Split(boxes, axis=1, num_outputs=2)
-        boxes = op.Concat(first, op.Max(first, last), axis=1)
+        first = columns(boxes, 0, 2)
+        boxes = op.Concat(first, op.Max(first, columns(boxes, 2, 4)), axis=1)
     pooled = op.RoiAlign(
         op.Cast(input, to=dtype),
         boxes,
@@ -184,19 +188,19 @@ def with_nan(pooled: Value, maps: Value, rois: Value, dtype: ir.DataType) -> Val
 def bins_as_rois(input: Value, rois: Value, rois_dtype: ir.DataType, scale: float, height: int, width: int) -> Value:
     """[K·height·width, 5] of int64: what `roi.bins` says of the bins, as `max_of_cells` takes it."""
     integer = ir.DataType.INT64
-    scaled = op.Mul(op.Slice(rois, [1], [5], [1]), constant(scale, rois_dtype))
+    scaled = op.Mul(columns(rois, 1, 5), constant(scale, rois_dtype))
     farthest = constant(MAX_CELL, rois_dtype)
     cells = op.Cast(op.Clip(round_half_away(scaled, rois_dtype), op.Neg(farthest), farthest), to=integer)
-    x1, y1, x2, y2 = op.Split(cells, axis=1, num_outputs=4)
+    x1, y1, x2, y2 = (columns(cells, i, i + 1) for i in range(4))
     top, bottom = bin_ends(y1, y2, height, op.Shape(input, start=2, end=3))
     left, right = bin_ends(x1, x2, width, op.Shape(input, start=3, end=4))
-    image = op.Cast(op.Slice(rois, [0], [1], [1]), to=integer)
+    image = op.Cast(columns(rois, 0, 1), to=integer)
     shape = op.Concat(op.Shape(rois, start=0, end=1), constant([height, width, 1], integer), axis=0)
-    columns = [
+    numbers = [
         op.Expand(op.Unsqueeze(side, axes), shape)
         for side, axes in ((image, [1, 2]), (left, [1, 3]), (top, [2, 3]), (right, [1, 3]), (bottom, [2, 3]))
     ]
-    return op.Reshape(op.Concat(*columns, axis=3), [-1, 5])
+    return op.Reshape(op.Concat(*numbers, axis=3), [-1, 5])
 
 
 def round_half_away(x: Value, dtype: ir.DataType) -> Value:
@@ -221,7 +225,7 @@ def bin_ends(first: Value, last: Value, bins: int, limit: Value) -> tuple[Value,
 
 def places_by_level(rois: Value, scales: Sequence[float], canonical_scale: int, canonical_level: int) -> list[Value]:
     """Of each level the indices of its rows of `rois`, as `roi.levels.map_levels` assigns them."""
-    x1, y1, x2, y2 = op.Split(op.Slice(rois, [1], [5], [1]), axis=1, num_outputs=4)
+    x1, y1, x2, y2 = (columns(rois, i, i + 1) for i in range(1, 5))
     size = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))  # NaN, of a negative area, reaches no level
     # ONNX has no log2: floor(canonical_level + log2(size / canonical_scale) + EPSILON) >= k as a bound of the size.
     smallest = [canonical_scale * 2 ** (-math.log2(scale) - canonical_level - EPSILON) for scale in scales[1:]]
