@@ -10,7 +10,8 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn.fuse import FusedConv2d, fuse
+from fpn.fuse import fuse
+from fpn.fused_conv import FusedConv2d
 from fpn.norm import NormLayer, resolve_norm_layer
 from fpn.resnet import ResNet, build
 from fpn.weights import Report, freeze, load_weights

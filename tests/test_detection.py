@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import roi
 from fpn import FPN, FPN18
 from fpn.detection import Detectron2Backbone, ShapeSpec, TorchvisionBackbone, accelerate, torchvision_state_dict
-from fpn.fuse import FusedConv2d
+from fpn.fused_conv import FusedConv2d
 from fpn.norm import FrozenBatchNorm2d
 from fpn.photo import DEFAULT_PHOTO
 from fpn.pyramid import ExtraLevels

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fpn import FPN, FPN18, FPN50, fuse
+from fpn import FPN, FPN18, FPN50, fused_conv
 from fpn.norm import FrozenBatchNorm2d
 from tests.comparison import randomise, relative_error
 
@@ -47,7 +47,7 @@ def largest_error(levels: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> f
 def one_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether oneDNN's operators with an addition and a ReLU in them are used where they work, or never."""
     if not request.param:
-        monkeypatch.setattr(fuse, "one_pass_works", lambda dtype: False)
+        monkeypatch.setattr(fused_conv, "one_pass_works", lambda dtype: False)
     return bool(request.param)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fpn.checkpoint import export_state_dict
 from fpn.detection.adapters import TorchvisionBackbone
-from fpn.fuse import FusedConv2d
+from fpn.fused_conv import FusedConv2d
 from roi import MultiScaleRoIAlign
 
 logger = logging.getLogger(__name__)

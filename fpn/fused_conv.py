@@ -1,0 +1,166 @@
+"""A convolution in its inference form, with what follows it: batch norm, an addition, a ReLU."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from fpn import winograd
+
+
+class FusedConv2d(nn.Module):
+    """relu(conv(x) + addend), with the batch norm that followed the convolution folded into it.
+
+    On the CPU, where no gradient is recorded and nothing is traced, the weights are prepared once. A change of them
+    that PyTorch does not count, one through `.data`, is not seen there.
+
+    Args:
+        conv: the convolution; its options, dtype and device are kept.
+        norm: the batch norm after it; None where there is none.
+        relu: whether a ReLU comes last.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None = None, *, relu: bool = False) -> None:
+        super().__init__()
+        self.conv = conv if norm is None else fold(conv, norm)
+        self.relu = relu
+        self.prepared: dict[object, tuple[object, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"prepared": {}}  # in layouts that can be neither copied nor saved
+
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """The map, in channels_last memory.
+
+        Args:
+            x: Tensor[N, in_channels, H, W].
+            addend: of the output's shape; it may be overwritten.
+        """
+        x = x.contiguous(memory_format=torch.channels_last)
+        dtype = autocast_dtype(x)
+        computed_in = dtype if multiplies(dtype) else torch.float32
+        if not fits(self.conv, x, dtype) or not one_pass_works(computed_in):
+            y: Tensor = self.conv(x)
+            if addend is not None:
+                y += addend
+            return y.relu_() if self.relu else y
+        x = x.to(computed_in)
+        addend = None if addend is None else addend.to(computed_in)
+        bias = None if self.conv.bias is None else self.conv.bias.to(computed_in)
+        if winograd.serves(self.conv, x):
+            y = winograd.conv2d(x, self.weight_for(x, winograd.transform), bias, addend, self.relu)
+        else:
+            y = one_pass(self.conv, x, self.weight_for(x, pack), bias, addend, self.relu)
+        return y.to(dtype)
+
+    def weight_for(self, x: Tensor, prepare: Callable[[nn.Conv2d, Tensor], Tensor]) -> Tensor:
+        """The weight as `prepare` makes it, for the first map of each dtype and once for all."""
+        weight = self.conv.weight
+        made_of = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        kept = self.prepared.get((prepare, x.dtype))  # other threads may replace it meanwhile
+        if kept is None or kept[0] != made_of:
+            kept = self.prepared[prepare, x.dtype] = (made_of, prepare(self.conv, x))
+        return kept[1]
+
+
+def fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """norm(conv(x)) as one convolution; its weights are computed in float64 and rounded once."""
+    device, dtype = conv.weight.device, conv.weight.dtype
+    wide = fuse_conv_bn_eval(conv.cpu().double(), cast(nn.BatchNorm2d, norm.cpu().double()))
+    return wide.to(device, dtype).requires_grad_(False)
+
+
+def pack(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The weight of `conv` in the layout that oneDNN works in, and would else bring it to in every call.
+
+    Nobody else knows that layout. It is the best for maps of the shape of `x`; for others oneDNN may change it again.
+    """
+    options = (conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape))
+    return cast(Tensor, torch.ops.mkldnn._reorder_convolution_weight(conv.weight.to(x.dtype), *options))
+
+
+def one_pass(
+    conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None, relu: bool
+) -> Tensor:
+    """relu(conv(x) + addend), in the memory of `addend`: oneDNN adds and clamps what is still in the cache.
+
+    torch.compile turns the pattern into these same operators. They are not documented; hence `one_pass_works`.
+
+    Args:
+        conv: for its options.
+        weight: as `pack` gives it.
+    """
+    options = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    if addend is None:
+        y = torch.ops.mkldnn._convolution_pointwise(x, *options, "relu" if relu else "none", [], "")
+    else:
+        last = "relu" if relu else None
+        y = torch.ops.mkldnn._convolution_pointwise_.binary(addend, x, *options, "add", 1.0, last, [], None)
+    return cast(Tensor, y)
+
+
+def fits(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether operators without gradient, that cannot be recorded, may compute `conv` of `x`, which autocast takes in
+    `dtype`.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad):
+        return False
+    # A 1×1 map has no layout, and without channels_last oneDNN's bfloat16 takes a path that fails.
+    if x.device.type != "cpu" or x.numel() == 0 or x.shape[2:].numel() == 1:
+        return False
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    return torch.is_autocast_enabled("cpu") or conv.weight.dtype == dtype
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution on the CPU takes `x`."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of that dtype.
+
+    Without them oneDNN converts what it reads again and again, and takes three times as long as for float32.
+    """
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        if dtype == torch.bfloat16:
+            return bool(torch.cpu._is_avx512_bf16_supported())
+        if dtype == torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+@cache
+def one_pass_works(dtype: torch.dtype) -> bool:
+    """Whether this torch has `one_pass` for that dtype on this processor, and it computes what it should."""
+    conv = nn.Conv2d(2, 2, 1, device="meta")
+    conv.weight = nn.Parameter(torch.eye(2, dtype=dtype)[:, :, None, None])
+    bias = torch.ones(2, dtype=dtype)
+    with torch.inference_mode():
+        x = torch.tensor([-3.0, -1.0, 0.0, 2.0], dtype=dtype).reshape(1, 1, 2, 2).expand(1, 2, 2, 2)
+        x = x.contiguous(memory_format=torch.channels_last)
+        uses = (
+            (None, False, [-2, 0, 1, 3]),
+            (None, True, [0, 0, 1, 3]),
+            (x.clone(), True, [0, 0, 1, 5]),
+            (x.clone(), False, [-5, -1, 1, 5]),
+        )
+        try:
+            weight = pack(conv, x)
+            return all(
+                one_pass(conv, x, weight, bias, addend, relu)[0, 1].flatten().tolist() == y for addend, relu, y in uses
+            )
+        except (AttributeError, RuntimeError):
+            return False
