@@ -326,6 +326,7 @@ def test_an_accelerated_detector_can_be_fused_later() -> None:
     accelerate(detector, fuse=True)
     assert str(detector.acceleration).splitlines() == [
         "replaced backbone: fused fpn.FPN, levels 0, 1, 2, 3, pool",
+        "replaced rpn.head: RPNHead, its convolutions fused",
         "replaced roi_heads.box_head: FusedTwoMLPHead",
     ]
     assert unmatched(output_of(detector, photos()[:1])[0], expected) == 0
@@ -361,7 +362,70 @@ def test_a_box_head_of_anothers_is_left(edit: str) -> None:
         head.fc7 = nn.Identity()
     accelerate(detector, fuse=True)
     assert detector.roi_heads.box_head is head
-    assert list(detector.acceleration.replaced) == ["backbone", "roi_heads.box_roi_pool"]
+    assert list(detector.acceleration.replaced) == ["backbone", "roi_heads.box_roi_pool", "rpn.head"]
+
+
+def conv_heads() -> dict[str, Callable[[], nn.Module]]:
+    from torchvision.models.detection import fcos, retinanet
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+    from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+    from torchvision.models.detection.rpn import RPNHead
+
+    norm = nn.BatchNorm2d
+    return {
+        "RPN": partial(RPNHead, 128, 3, conv_depth=2),
+        "mask": partial(MaskRCNNHeads, 128, [128, 160], 1),
+        "mask, dilated": partial(MaskRCNNHeads, 128, [128], 2, norm_layer=norm),
+        "keypoint": partial(KeypointRCNNHeads, 128, (128, 128)),
+        "box": partial(FastRCNNConvFCHead, (128, 13, 17), [128, 128], [64], norm_layer=norm),
+        "RetinaNet class": partial(retinanet.RetinaNetClassificationHead, 128, 9, 21, norm_layer=norm),
+        "RetinaNet box": partial(retinanet.RetinaNetRegressionHead, 128, 9),
+        "FCOS class": partial(fcos.FCOSClassificationHead, 128, 1, 21, num_convs=2),
+        "FCOS box": partial(fcos.FCOSRegressionHead, 128, 1, num_convs=2),
+    }
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "name",
+    ["RPN", "mask", "mask, dilated", "keypoint", "box", "RetinaNet class", "RetinaNet box", "FCOS class", "FCOS box"],
+)
+def test_fused_conv_heads(name: str, dtype: torch.dtype) -> None:
+    from torchvision.ops import Conv2dNormActivation
+
+    from fpn.detection.conv_heads import fuse_conv_heads
+
+    torch.manual_seed(0)
+    head: nn.Module = randomise(conv_heads()[name]()).to(dtype)
+    assert fuse_conv_heads(nn.ModuleList([head])) == {}, "in training mode batch norm cannot be folded"
+    state = {key: value.clone() for key, value in head.eval().state_dict().items()}
+    (fused,) = fuse_conv_heads(nn.ModuleList([head])).values()
+    maps = torch.randn(2, 128, 13, 17, dtype=dtype)
+    argument = [maps, maps[:, :, ::2, ::2]] if type(head).__module__.endswith(("rpn", "retinanet", "fcos")) else maps
+    with torch.inference_mode():
+        outputs, expected = (flattened(module(argument)) for module in (fused, head))
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert relative_error(output, wanted) < (1e-5 if dtype == torch.float32 else 1e-13)
+    assert not any(isinstance(layer, Conv2dNormActivation) for layer in fused.modules())
+    assert all(torch.equal(value, state[key]) for key, value in head.state_dict().items())
+    assert fuse_conv_heads(nn.ModuleList([fused])) == {}
+
+
+def flattened(outputs: Any) -> list[Tensor]:
+    """The tensors of nested lists and tuples."""
+    return [outputs] if isinstance(outputs, Tensor) else [part for output in outputs for part in flattened(output)]
+
+
+@pytest.mark.torchvision
+def test_a_conv_head_of_anothers_is_left() -> None:
+    from fpn.detection.conv_heads import fuse_conv_heads
+
+    for edit in (subclass, lambda head: head.cls_logits.register_forward_hook(print)):
+        head: Any = conv_heads()["RPN"]().eval()
+        edit(head)
+        assert fuse_conv_heads(nn.ModuleList([head])) == {}
 
 
 def mobile_net() -> nn.Module:

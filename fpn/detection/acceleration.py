@@ -57,9 +57,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
 
     Args:
         model: the detector; it is changed in place.
-        fuse: for inference: the backbone in the form that `FPN.fuse` gives, and after our pooler a `TwoMLPHead` that
-            reads channels_last RoIs as they lie. Their weights are new, take no gradient and have no way back to
-            torchvision's names.
+        fuse: for inference: the backbone in the form that `FPN.fuse` gives, the convolutions of torchvision's heads
+            in the same form, and after our pooler a `TwoMLPHead` that reads channels_last RoIs as they lie. Their
+            weights are new, take no gradient and have no way back to torchvision's names.
 
     Returns:
         `model`. Its new attribute `acceleration` is the report, an `Acceleration`, which is also logged: at level
@@ -73,6 +73,7 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a detector, an nn.Module; got {type(model).__name__}")
     from fpn.detection.box_head import fuse_box_heads
+    from fpn.detection.conv_heads import fuse_conv_heads
     from fpn.detection.conversion import class_name, convert_backbones, convert_poolers
 
     own = {module: module for module in model.modules() if isinstance(module, TorchvisionBackbone)}
@@ -92,7 +93,7 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
 
     replaced = put(model, replacements)
     if fuse:
-        replaced |= put(model, fuse_box_heads(model))
+        replaced |= put(model, {**fuse_box_heads(model), **fuse_conv_heads(model)})
     if backbones and all(parameter.device.type == "cpu" for parameter in model.parameters()):
         model.to(memory_format=torch.channels_last)
     report = Acceleration(replaced, left)
@@ -114,10 +115,10 @@ def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[s
 def described(ours: nn.Module) -> str:
     if isinstance(ours, MultiScaleRoIAlign):
         return f"roi.{ours!r}"
-    if not isinstance(ours, TorchvisionBackbone):
-        return type(ours).__name__
-    form = "fused " if any(isinstance(module, FusedConv2d) for module in ours.modules()) else ""
-    return f"{form}fpn.FPN, levels {', '.join(ours.names)}"
+    fused = any(isinstance(module, FusedConv2d) for module in ours.modules())
+    if isinstance(ours, TorchvisionBackbone):
+        return f"{'fused ' if fused else ''}fpn.FPN, levels {', '.join(ours.names)}"
+    return f"{type(ours).__name__}, its convolutions fused" if fused else type(ours).__name__
 
 
 def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:

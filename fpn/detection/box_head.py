@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from fpn.detection.conversion import check_class, check_untouched
+from fpn.detection.conversion import is_untouched
 from roi import MultiScaleRoIAlign
 
 
@@ -49,9 +49,5 @@ def fuse_box_heads(model: nn.Module) -> dict[nn.Module, FusedTwoMLPHead]:
 
 def is_plain(head: Any) -> bool:
     """Whether it is torchvision's own, of linear layers."""
-    try:
-        check_class("box_head", head, TwoMLPHead)
-        check_untouched(head)
-    except ValueError:
-        return False
-    return type(head.fc6) is nn.Linear and type(head.fc7) is nn.Linear
+    plain = type(head) is TwoMLPHead and type(head.fc6) is nn.Linear and type(head.fc7) is nn.Linear
+    return plain and is_untouched(head)

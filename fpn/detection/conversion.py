@@ -187,9 +187,18 @@ def check_class(where: str, module: object, expected: type[nn.Module]) -> None:
 def check_untouched(module: nn.Module) -> None:
     """Raise where a part of `module` has hooks, or a forward of its own, which would be lost."""
     for name, part in module.named_modules():
-        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        if any(hooks) or "forward" in vars(part):
+        if is_touched(part):
             raise ValueError(f"{name or 'it'} has hooks or a forward of its own")
+
+
+def is_untouched(module: nn.Module) -> bool:
+    return not any(map(is_touched, module.modules()))
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether that very module has hooks or a forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def class_name(module: object) -> str:
