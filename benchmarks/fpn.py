@@ -6,7 +6,8 @@
 Both packages run in every form that they have: eager, channels_last, batch norm folded, compiled, in bfloat16, in int8
 by PyTorch's own quantization (torchao's, on the CPU), in ONNX Runtime, as a CUDA graph. One whose library is missing is
 left out. All forms of a row's problem take turns in one run, and their outputs are compared before anything is timed.
-The row "convolutions alone" is the fused model's convolutions one after another, each on the input that it had there.
+The row "convolutions alone" is the fused model's convolutions as PyTorch computes them, one after another, each on the
+input that it had there.
 """
 
 from __future__ import annotations

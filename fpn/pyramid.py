@@ -189,7 +189,13 @@ class FPN(nn.Module):
         Batch norm, plain or frozen, of a trunk of `fpn.resnet` and of the neck is folded into the convolutions. All
         weights, and with them every map from the first convolution to the levels, are in channels_last memory, in
         which the RoI operators read them without a copy. A trunk of another library keeps its layers; its weights
-        change their layout. On the CPU a ReLU that follows a convolution gives 0 for NaN.
+        change their layout.
+
+        On the CPU 3×3 convolutions of many channels are computed by Winograd's algorithm (`fpn.winograd`), and float16
+        and bfloat16 in float32, rounded after each convolution, where the processor has no arithmetic for them. Each
+        convolution keeps its weights a second time in the form in which they are used, for Winograd's algorithm four
+        times as large: some 220 MB for an `FPN50`. What is not finite may spread to outputs four cells away, and a ReLU
+        may give 0 for NaN. None of this is done where a gradient is recorded, or in what is traced or compiled.
 
         Returns:
             A new model in eval mode that takes no gradient for its weights; this one is as it was, and it is this
