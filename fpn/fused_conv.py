@@ -45,7 +45,7 @@ class FusedConv2d(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = autocast_dtype(x)
         computed_in = dtype if multiplies(dtype) else torch.float32
-        if not fits(self.conv, x, dtype) or not one_pass_works(computed_in):
+        if not fits(self.conv, x, addend, dtype) or not one_pass_works(computed_in):
             y: Tensor = self.conv(x)
             if addend is not None:
                 y += addend
@@ -105,14 +105,14 @@ def one_pass(
     return cast(Tensor, y)
 
 
-def fits(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether operators without gradient, that cannot be recorded, may compute `conv` of `x`, which autocast takes in
-    `dtype`.
-    """
+def fits(conv: nn.Conv2d, x: Tensor, addend: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether operators that have no gradient and cannot be recorded may do it, for `x` taken in `dtype`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad):
-        return False
+    if torch.is_grad_enabled():
+        taking_part = (x, *conv.parameters()) if addend is None else (x, addend, *conv.parameters())
+        if any(tensor.requires_grad for tensor in taking_part):
+            return False
     # A 1×1 map has no layout, and without channels_last oneDNN's bfloat16 takes a path that fails.
     if x.device.type != "cpu" or x.numel() == 0 or x.shape[2:].numel() == 1:
         return False
@@ -146,10 +146,10 @@ def multiplies(dtype: torch.dtype) -> bool:
 def one_pass_works(dtype: torch.dtype) -> bool:
     """Whether this torch has `one_pass` for that dtype on this processor, and it computes what it should."""
     conv = nn.Conv2d(2, 2, 1, device="meta")
-    conv.weight = nn.Parameter(torch.eye(2, dtype=dtype)[:, :, None, None])
-    bias = torch.ones(2, dtype=dtype)
+    conv.weight = nn.Parameter(torch.eye(2, dtype=dtype, device="cpu")[:, :, None, None])
+    bias = torch.ones(2, dtype=dtype, device="cpu")
     with torch.inference_mode():
-        x = torch.tensor([-3.0, -1.0, 0.0, 2.0], dtype=dtype).reshape(1, 1, 2, 2).expand(1, 2, 2, 2)
+        x = torch.tensor([-3.0, -1.0, 0.0, 2.0], dtype=dtype, device="cpu").reshape(1, 1, 2, 2).expand(1, 2, 2, 2)
         x = x.contiguous(memory_format=torch.channels_last)
         uses = (
             (None, False, [-2, 0, 1, 3]),

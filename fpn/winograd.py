@@ -23,6 +23,7 @@ INPUT = torch.tensor(
         [0, 4, 0, -5, 0, 1],
     ],
     dtype=torch.float32,
+    device="cpu",
 )
 WEIGHT = torch.tensor(
     [
@@ -34,9 +35,12 @@ WEIGHT = torch.tensor(
         [0, 0, 1],
     ],
     dtype=torch.float64,
+    device="cpu",
 )
 OUTPUT = torch.tensor(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], dtype=torch.float32
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    dtype=torch.float32,
+    device="cpu",
 )
 # On both sides of a tile at once, as one matrix.
 INPUT_2D, OUTPUT_2D = torch.kron(INPUT, INPUT), torch.kron(OUTPUT, OUTPUT)
@@ -89,17 +93,17 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None
     tiles, out_channels = images * rows * across, weight.shape[2]
 
     maps = x.permute(0, 2, 3, 1)
-    padded = torch.zeros((images, 4 * rows + 2, 4 * across + 2, channels))
+    padded = x.new_zeros((images, 4 * rows + 2, 4 * across + 2, channels))
     image, row, column, channel = padded.stride()
     windows = padded.as_strided(
         (6, 6, images, rows, across, channels), (row, column, image, 4 * row, 4 * column, channel)
     )
-    inputs = torch.empty(windows.shape)
-    transformed = torch.empty((36, tiles, channels))
-    products = torch.empty((36, tiles, out_channels))
-    results = torch.empty((4, 4, images, rows, across, out_channels))
+    inputs = x.new_empty(windows.shape)
+    transformed = x.new_empty((36, tiles, channels))
+    products = x.new_empty((36, tiles, out_channels))
+    results = x.new_empty((4, 4, images, rows, across, out_channels))
     # In whole parts, and so sometimes larger than the map.
-    output = torch.empty((round_up(batch, images), round_up(down, rows), 4, across, 4, out_channels))
+    output = x.new_empty((round_up(batch, images), round_up(down, rows), 4, across, 4, out_channels))
     for first in range(0, batch, images):
         for top in range(0, down, rows):
             fill(padded, maps[first : first + images], 4 * top - 1)

@@ -106,6 +106,32 @@ def test_the_convolutions_that_it_computes(
 
 
 @needs_mkl
+@pytest.mark.parametrize("trained", ["x", "addend", "weight", "bias"])
+def test_where_a_gradient_is_recorded_it_is_the_plain_convolution(trained: str) -> None:
+    conv, x = problem(1, 128, 128, 16, 16)
+    addend = torch.randn_like(x)
+    tensors = {"x": x, "addend": addend, "weight": conv.weight, "bias": conv.bias}
+    tensors[trained].requires_grad_()
+    # Multiplied by one, as a leaf may not be overwritten.
+    FusedConv2d(conv)(x, addend * 1).sum().backward()
+    assert tensors[trained].grad is not None
+
+
+@needs_mkl
+def test_default_dtype_and_device_are_not_asked() -> None:
+    conv, x = problem(1, 128, 128, 16, 16)
+    fused = FusedConv2d(conv)
+    with torch.inference_mode():
+        expected = fused(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                assert torch.equal(fused(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@needs_mkl
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_numbers_that_are_not_finite_stay_near(value: float) -> None:
     """In the tiles whose 6×6 inputs they are among, and nowhere else."""
