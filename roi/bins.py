@@ -19,9 +19,11 @@ Integers = NDArray[np.int64]
 
 
 def round_half_away(x: NDArray[Any]) -> NDArray[Any]:
-    """C's `round`; `np.round` rounds halves to even."""
+    """C's `round`, of finite numbers; `np.round` rounds halves to even."""
     whole: NDArray[Any] = np.trunc(x)
-    whole += np.copysign(np.abs(x - whole) >= 0.5, x)
+    rest = x - whole
+    rest += rest  # the double of a half or more has a whole part
+    whole += np.trunc(rest, out=rest)
     return whole
 
 
@@ -31,13 +33,17 @@ def roi_windows(rois: NDArray[Any], spatial_scale: float) -> Integers:
     Coordinates are scaled and rounded in the dtype of `rois`. Both ends of a RoI are inclusive, and it has at least one
     cell.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # far boxes may become infinite, and saturate
-        scaled = round_half_away(rois[:, 1:] * rois.dtype.type(spatial_scale))
-    cells = np.minimum(np.maximum(scaled, -MAX_CELL), MAX_CELL).astype(np.int64)
+    with np.errstate(over="ignore"):  # far boxes may become infinite, and saturate
+        scaled = rois[:, 1:] * rois.dtype.type(spatial_scale)
+    cells = round_half_away(np.minimum(np.maximum(scaled, -MAX_CELL), MAX_CELL))
     windows = np.empty((len(rois), 5), np.int64)
     windows[:, 0] = rois[:, 0]
-    windows[:, 1:3] = cells[:, 1::-1]
-    np.maximum(cells[:, 3:1:-1] - cells[:, 1::-1] + 1, 1, out=windows[:, 3:])
+    first, size = windows[:, 1:3], windows[:, 3:]
+    first[:] = cells[:, 1::-1]
+    size[:] = cells[:, 3:1:-1]
+    size -= first
+    size += 1
+    np.maximum(size, 1, out=size)
     return windows
 
 
@@ -56,39 +62,43 @@ def bin_edges(start: Integers, size: Integers, bins: int, limit: int) -> tuple[I
 
 
 class Bins(NamedTuple):
-    """What the bins of K windows cover of their images: rows [top, bottom), columns [left, right), none if reversed."""
+    """What the bins of K windows cover of their images: none where the height or the width is 0."""
 
     image: Integers  # [K]
     top: Integers  # [K, pooled_height]
-    bottom: Integers
+    heights: Integers
     left: Integers  # [K, pooled_width]
-    right: Integers
+    widths: Integers
 
     @classmethod
     def of(cls, windows: Integers, pooled_height: int, pooled_width: int, height: int, width: int) -> Bins:
         image, y, x, h, w = windows.T
-        return cls(image, *bin_edges(y, h, pooled_height, height), *bin_edges(x, w, pooled_width, width))
+        top, bottom = bin_edges(y, h, pooled_height, height)
+        left, right = bin_edges(x, w, pooled_width, width)
+        return cls(image, top, np.maximum(bottom - top, 0), left, np.maximum(right - left, 0))
 
     @property
     def pooled_size(self) -> tuple[int, int]:
         return self.top.shape[1], self.left.shape[1]
 
+    @property
+    def total(self) -> int:
+        height, width = self.pooled_size
+        return len(self.image) * height * width
+
+    def largest(self) -> tuple[int, int]:
+        """The height of the tallest bin and the width of the widest, at least 1."""
+        return int(self.heights.max(initial=1)), int(self.widths.max(initial=1))
+
     def narrow(self, start: int, stop: int) -> Bins:
         return Bins(*(side[start:stop] for side in self))
 
-    def heights(self) -> Integers:
-        heights: Integers = np.maximum(self.bottom - self.top, 0)
-        return heights
-
-    def widths(self) -> Integers:
-        widths: Integers = np.maximum(self.right - self.left, 0)
-        return widths
-
     def cells_read(self) -> Integers:
         """[K]: how many cells the bins of each RoI have together."""
-        cells: Integers = self.heights().sum(axis=1) * self.widths().sum(axis=1)
+        cells: Integers = self.heights.sum(axis=1) * self.widths.sum(axis=1)
         return cells
 
     def empty(self) -> NDArray[np.bool_]:
         """[K, pooled_height, pooled_width]: which bins lie off the map."""
-        return (self.bottom <= self.top)[:, :, None] | (self.right <= self.left)[:, None, :]
+        empty: NDArray[np.bool_] = (self.heights == 0)[:, :, None] | (self.widths == 0)[:, None, :]
+        return empty

@@ -1,12 +1,14 @@
-"""Which cells, or which maxima that are already known, make up each bin: what pooling reads, in two ways."""
+"""Which cells, or which maxima that are already known, make up each bin: what pooling reads, in three ways."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from roi.bins import Bins, Integers
@@ -15,10 +17,13 @@ TABLE_VALUES = 2**25  # the table's memory is bounded, whatever the cost says
 
 
 class Cover(NamedTuple):
-    """For each bin the rows of a table whose maximum is the bin's: the pattern of a sparse matrix in CSR form."""
+    """For each bin the rows of a table whose maximum is the bin's: the pattern of a sparse matrix in CSR form.
 
-    starts: Integers  # [bins + 1]
-    rows: Integers
+    Of one integer type, 32 bits where they do: much of the time goes into writing them.
+    """
+
+    starts: NDArray[Any] | None  # [bins + 1]; None where each bin has one row
+    rows: NDArray[Any]
 
 
 class Reading(Protocol):
@@ -32,27 +37,26 @@ class Reading(Protocol):
     def rows_per_roi(self, bins: Bins) -> Integers:
         """[K]: how many rows the cover of each RoI has."""
 
+    def cost(self, bins: Bins, channels: int) -> float:
+        """Nanoseconds of table, cover and maxima as they were measured on one CPU; only their proportions matter."""
+
 
 def cheapest(bins: Bins, shape: torch.Size) -> Reading:
-    """The faster of the two for maps of Tensor[N, H, W, C] `shape`.
-
-    The costs are nanoseconds as they were measured on one CPU; only their proportions matter.
-    """
-    batch, height, width, channels = shape
-    cells = Cells(height, width)
-    rectangles = Rectangles.that_cover(bins, batch, height, width)
-    values = rectangles.count * channels
-    if values > TABLE_VALUES:
+    """The fastest of the three for maps of Tensor[N, H, W, C] `shape`."""
+    channels, cells = shape[3], Cells(*shape[:3])
+    if cells.cost(bins, channels) < 250_000 + shape.numel():  # hardly more than the smallest table's
         return cells
-    by_cells = int(cells.rows_per_roi(bins).sum()) * (16 + channels / 4)
-    by_rectangles = rectangles.levels * 20_000 + values + int(rectangles.rows_per_roi(bins).sum()) * (6 + channels / 4)
-    return cells if by_cells <= by_rectangles else rectangles
+    sizes = (*bins.largest(), *shape[:3])
+    tables = Rectangles.of_every_size(*sizes), Rectangles.of_powers_of_two(*sizes)
+    affordable = [table for table in tables if table.places * channels <= TABLE_VALUES]
+    readings: list[Reading] = [cells, *affordable]
+    return min(readings, key=lambda reading: reading.cost(bins, channels))
 
 
-@dataclass(frozen=True)
-class Cells:
+class Cells(NamedTuple):
     """Every bin by its own cells. The table is the map: row (n·H + y)·W + x."""
 
+    batch: int
     height: int
     width: int
 
@@ -62,9 +66,13 @@ class Cells:
     def rows_per_roi(self, bins: Bins) -> Integers:
         return bins.cells_read()
 
+    def cost(self, bins: Bins, channels: int) -> float:
+        reads = int(self.rows_per_roi(bins).sum())
+        return 200_000 + 40 * bins.total + reads * (12 + channels / 6)
+
     def cover(self, bins: Bins) -> Cover:
-        rows = bins.heights().repeat(bins.left.shape[1], axis=1).ravel()
-        columns = bins.widths()[:, None, :].repeat(bins.top.shape[1], axis=1).ravel()
+        rows = bins.heights.repeat(bins.left.shape[1], axis=1).ravel()
+        columns = bins.widths[:, None, :].repeat(bins.top.shape[1], axis=1).ravel()
         first_row = (bins.image[:, None] * self.height + bins.top) * self.width
         first = (first_row[:, :, None] + bins.left[:, None, :]).ravel()
         starts = np.zeros(len(rows) + 1, np.int64)
@@ -76,75 +84,89 @@ class Cells:
         lead -= (rows.cumsum() - rows).repeat(rows)  # the row's number in its bin
         lead *= self.width - length
         lead += (first - starts[:-1]).repeat(rows)
-        cells = lead.repeat(length)
-        cells += np.arange(len(cells))
-        return Cover(starts, cells)
+        integer = np.int32 if self.batch * self.height * self.width < 2**31 else np.int64
+        cells = lead.astype(integer).repeat(length)
+        cells += np.arange(len(cells), dtype=integer)
+        return Cover(starts.astype(integer), cells)
 
 
-@dataclass(frozen=True)
-class Rectangles:
-    """Every bin by four rectangles that overlap, whose sides are powers of two.
+class Rectangles(NamedTuple):
+    """Every bin by rectangles whose maxima the table holds.
 
-    The table holds the maxima of all such rectangles (Bender & Farach-Colton, The LCA Problem Revisited, 2000, section
-    3, in two dimensions): row (i, j, n, y, x) is that of the 2^i × 2^j cells down and right from (y, x), as far as they
-    lie on the map. A last row is 0, for empty bins.
+    Row (i, j, n, y, x) of the table is that of the heights[i] × widths[j] cells down and right from (y, x), where those
+    lie on the map; elsewhere it is undefined and never read. A last row is 0, for empty bins.
+
+    With rectangles of every size a bin is one of them. With those whose sides are powers of two it is four that overlap
+    (Bender & Farach-Colton, The LCA Problem Revisited, 2000, section 3, in two dimensions).
     """
 
-    rows: int  # powers of two: i < rows, j < columns
-    columns: int
+    heights: Sequence[int]  # ascending from 1, each at most twice the one before
+    widths: Sequence[int]
+    per_side: int  # 1, or 2 that overlap
     batch: int
     height: int
     width: int
 
     @classmethod
-    def that_cover(cls, bins: Bins, batch: int, height: int, width: int) -> Rectangles:
-        tallest, widest = (int(sides.max(initial=1)) for sides in (bins.heights(), bins.widths()))
-        return cls(tallest.bit_length(), widest.bit_length(), batch, height, width)
+    def of_every_size(cls, tallest: int, widest: int, batch: int, height: int, width: int) -> Rectangles:
+        return cls(range(1, tallest + 1), range(1, widest + 1), 1, batch, height, width)
+
+    @classmethod
+    def of_powers_of_two(cls, tallest: int, widest: int, batch: int, height: int, width: int) -> Rectangles:
+        heights, widths = ([2**i for i in range(largest.bit_length())] for largest in (tallest, widest))
+        return cls(heights, widths, 2, batch, height, width)
 
     @property
-    def levels(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def count(self) -> int:
-        return self.levels * self.batch * self.height * self.width
+    def places(self) -> int:
+        """Rows of the table, without the last."""
+        return len(self.heights) * len(self.widths) * self.batch * self.height * self.width
 
     def table(self, maps: Tensor) -> Tensor:
-        entries = maps.new_empty(self.count + 1, maps.shape[3])
+        entries = maps.new_empty(self.places + 1, maps.shape[3])
         entries[-1] = 0
-        table = entries[:-1].view(self.rows, self.columns, *maps.shape)
+        table = entries[:-1].view(len(self.heights), len(self.widths), *maps.shape)
         table[0, 0] = maps
-        for i in range(self.rows):
-            if i > 0:
-                double(table[i - 1, 0], table[i, 0], 1, 2 ** (i - 1))
-            for j in range(1, self.columns):
-                double(table[i, j - 1], table[i, j], 2, 2 ** (j - 1))
+        grow(table[:, 0], self.heights, 1)
+        grow(table.transpose(0, 1), self.widths, 3)
         return entries
 
     def rows_per_roi(self, bins: Bins) -> Integers:
-        return np.full(len(bins.image), 4 * bins.top.shape[1] * bins.left.shape[1])
+        return np.full(len(bins.image), self.per_side**2 * bins.top.shape[1] * bins.left.shape[1])
+
+    def cost(self, bins: Bins, channels: int) -> float:
+        operations = len(self.heights) + len(self.widths)
+        reads = self.per_side**2 * bins.total
+        return 150_000 + 30_000 * operations + 1.2 * self.places * channels + reads * (13 + channels / 5)
 
     def cover(self, bins: Bins) -> Cover:
-        powers = np.array([max(n.bit_length() - 1, 0) for n in range(max(self.height, self.width) + 1)])
-        i, j = powers[bins.heights()], powers[bins.widths()]
         # A row of the table, as a sum of what depends on the bin's row and what depends on its column.
-        block = (i * (self.columns * self.batch) + bins.image[:, None]) * self.height
-        down = np.stack([block + bins.top, block + bins.bottom - (1 << i)], axis=2) * self.width
+        i, tops = self.placed(self.heights, bins.top, bins.heights)
+        j, lefts = self.placed(self.widths, bins.left, bins.widths)
+        block = (i * (len(self.widths) * self.batch) + bins.image[:, None]) * self.height
+        down = [((block + top) * self.width).astype(np.int32)[:, :, None] for top in tops]
         block = j * (self.batch * self.height * self.width)
-        across = np.stack([block + bins.left, block + bins.right - (1 << j)], axis=2)
-        across_twice = across[:, :, None].repeat(2, axis=2).reshape(len(across), 1, -1)
-        rows = (np.tile(down.repeat(2, axis=2), bins.left.shape[1]) + across_twice).reshape(-1, 4)
-        empty = bins.empty()
-        if empty.any():
-            rows[empty.ravel()] = self.count
-        return Cover(np.arange(0, rows.size + 1, 4), rows.ravel())
+        across = [(block + left).astype(np.int32)[:, None] for left in lefts]
+        rows = np.empty((*i.shape, j.shape[1], self.per_side**2), np.int32)
+        for n, (y, x) in enumerate(product(down, across)):
+            np.add(y, x, out=rows[..., n])
+        if not (bins.heights.all() and bins.widths.all()):
+            rows[bins.empty()] = self.places
+        starts = np.arange(0, rows.size + 1, self.per_side**2, dtype=np.int32) if self.per_side > 1 else None
+        return Cover(starts, rows.ravel())
+
+    def placed(self, lengths: Sequence[int], first: Integers, side: Integers) -> tuple[Integers, list[Integers]]:
+        """Which of `lengths` the rectangles of each bin have, [K, bins], and where they begin, per_side times that."""
+        which = (np.searchsorted(lengths, np.arange(2 * lengths[-1]), side="right") - 1)[side]
+        if self.per_side == 1:
+            return which, [first]
+        return which, [first, first + side - np.asarray(lengths)[which]]
 
 
-def double(source: Tensor, target: Tensor, dim: int, step: int) -> None:
-    """`target` = the maximum of `source` and of itself `step` cells on, along `dim`."""
-    kept = max(source.shape[dim] - step, 0)
-    torch.maximum(
-        source.narrow(dim, 0, kept), source.narrow(dim, source.shape[dim] - kept, kept), out=target.narrow(dim, 0, kept)
-    )
-    rest = source.shape[dim] - kept
-    target.narrow(dim, kept, rest).copy_(source.narrow(dim, kept, rest))
+def grow(table: Tensor, lengths: Sequence[int], dim: int) -> None:
+    """Put into table[i] the maxima of table[0] over lengths[i] neighbours along `dim`, where so many remain."""
+    for i in range(1, len(lengths)):
+        step = lengths[i] - lengths[i - 1]
+        kept = table.shape[1 + dim] - lengths[i] + 1
+        shorter = table[i - 1]
+        target = table[i].narrow(dim, 0, kept)
+        torch.maximum(shorter.narrow(dim, 0, kept), shorter.narrow(dim, step, kept), out=target)

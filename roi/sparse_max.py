@@ -25,6 +25,8 @@ READS_AT_ONCE = 2**21  # entries of a matrix
 VALUES_AT_ONCE = 2**24  # of a part of the output
 KEYS_AT_ONCE = 2**18  # eight bytes each, which stay in cache
 
+INTEGERS = {2: (torch.int16, -(2**15)), 4: (torch.int32, -(2**31)), 8: (torch.int64, -(2**63))}  # by bytes, their least
+
 # A key of 63 bits is that of a positive, normal float64.
 POSITION_BITS = 31
 POSITION = 2**POSITION_BITS - 1
@@ -45,8 +47,8 @@ def fits_keys(input: Tensor) -> bool:
 
 def has_negative_zero(input: Tensor) -> bool:
     """Whether the least of the bits, as integers, are those of -0, the least of all."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[input.element_size()]
-    return int(input.view(integers).amin()) == torch.iinfo(integers).min
+    integers, least = INTEGERS[input.element_size()]
+    return int(input.view(integers).amin()) == least
 
 
 def roi_pool(input: Tensor, bins: Bins, with_argmax: bool) -> tuple[Tensor, Tensor]:
@@ -67,12 +69,13 @@ def roi_maxima(input: Tensor, bins: Bins) -> Tensor:
     Tensor[K, C, pooled_height, pooled_width] in the memory format of `input`.
     """
     pooled_height, pooled_width = bins.pooled_size
-    output = empty_pooled(input, len(bins.image), pooled_height, pooled_width)
     for some, rows in pooled(input.permute(0, 2, 3, 1), bins, VALUES_AT_ONCE):
         part = rows.view(-1, pooled_height, pooled_width, rows.shape[1]).permute(0, 3, 1, 2)
         part = part.contiguous(memory_format=memory_format(input))  # far faster than a copy from one format to another
-        if len(part) == len(output):
+        if len(part) == len(bins.image):
             return part
+        if some.start == 0:
+            output = empty_pooled(input, len(bins.image), pooled_height, pooled_width)
         output[some] = part
     return output
 
@@ -140,8 +143,11 @@ def pooled(maps: Tensor, bins: Bins, values_at_once: int) -> Iterator[tuple[slic
 
 def maxima(table: Tensor, cover: Cover) -> Tensor:
     """Tensor[bins, C]: of every bin the maximum of its rows of `table`, Tensor[R, C]; 0 for a bin without rows."""
+    rows = torch.from_numpy(cover.rows)
+    if cover.starts is None:
+        return table.index_select(0, rows)
     announce_nothing()
-    starts, rows = map(torch.from_numpy, cover)
+    starts = torch.from_numpy(cover.starts)
     size = (len(starts) - 1, len(table))
     matrix = torch.sparse_csr_tensor(starts, rows, table.new_ones(len(rows)), size, check_invariants=False)
     result: Tensor = torch.sparse.mm(matrix, table, "amax")
