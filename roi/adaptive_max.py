@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,24 +29,26 @@ def roi_pool(
     crop_format = argmax_format(input)
     output = empty_pooled(input, len(windows), pooled_height, pooled_width)
     argmax = empty_argmax(input, output, with_argmax, crop_format)
-    if cells_cropped(windows, height, width) > len(input) * height * width:
+    if len(windows) > len(input) and cells_cropped(windows, height, width) > len(input) * height * width:
         input = input.contiguous(memory_format=crop_format)
-    # Their sums are the map's cells. All of those would take several times the memory of a map of one channel.
-    first_cells = torch.arange(0, height * width, width, dtype=argmax.dtype, device=input.device)
-    across = torch.arange(width, dtype=argmax.dtype, device=input.device)
+    if with_argmax:  # Their sums are the map's cells. All of those would take several times a one-channel map's memory.
+        first_cells = torch.arange(0, height * width, width, dtype=argmax.dtype, device=input.device)
+        across = torch.arange(width, dtype=argmax.dtype, device=input.device)
+    counted_in_bfloat16 = input.is_cpu and input.dtype == torch.bfloat16  # torch 2.6: a contiguous map's cells
     for k, (image, y, x, h, w) in enumerate(windows.tolist()):
         rows = clipped_side(y, h, pooled_height, height)
         columns = clipped_side(x, w, pooled_width, width)
-        if len(rows.bins) * len(columns.bins) < pooled_height * pooled_width:
+        size = (len(rows.bins), len(columns.bins))
+        bins: Any = slice(k, k + 1)
+        if size != (pooled_height, pooled_width):
             output[k] = 0
             argmax[k : k + 1] = -1
-        if not rows.bins or not columns.bins:
-            continue
-        crop = cropped(input[image : image + 1], rows.cells, columns.cells).contiguous(memory_format=crop_format)
-        if crop.is_cpu and crop.dtype == torch.bfloat16 and crop.is_contiguous():
-            crop = crop.float()  # torch 2.6 counts such a map's cells in bfloat16
-        size = (len(rows.bins), len(columns.bins))
-        bins = (slice(k, k + 1), slice(None), as_slice(rows.bins), as_slice(columns.bins))
+            if 0 in size:
+                continue
+            bins = (bins, slice(None), as_slice(rows.bins), as_slice(columns.bins))
+        crop = cropped(input, image, rows.cells, columns.cells).contiguous(memory_format=crop_format)
+        if counted_in_bfloat16 and crop.is_contiguous():
+            crop = crop.float()
         maximum, index = F.adaptive_max_pool2d(crop, size, return_indices=True)
         output[bins] = maximum
         if with_argmax:
@@ -60,10 +62,11 @@ def cells_cropped(windows: Integers, height: int, width: int) -> int:
     return int((np.minimum(windows[:, 3], height) * np.minimum(windows[:, 4], width)).sum())
 
 
-def cropped(maps: Tensor, rows: slice | list[int], columns: slice | list[int]) -> Tensor:
+def cropped(maps: Tensor, image: int, rows: slice | list[int], columns: slice | list[int]) -> Tensor:
+    """Tensor[1, C, rows, columns] of one of the `maps`."""
     if isinstance(rows, slice) and isinstance(columns, slice):
-        return maps[..., rows, columns]
-    return maps[..., rows, :][..., columns]
+        return maps[image : image + 1, :, rows, columns]
+    return maps[image : image + 1, :, rows][..., columns]
 
 
 def as_slice(numbers: range) -> slice:

@@ -33,7 +33,8 @@ def roi_pool(
     """
     boxes = rois.detach().cpu().numpy()
     valid = valid_rows(boxes, input.shape[0])
-    if not valid.all():
+    all_valid = valid.all()
+    if not all_valid:
         boxes = np.where(valid[:, None], boxes, 0)
     if input.numel() == 0 or len(rois) == 0:  # with no image, no row is valid
         output = empty_pooled(input, len(rois), pooled_height, pooled_width).fill_(torch.nan)
@@ -44,7 +45,7 @@ def roi_pool(
     else:
         bins = Bins.of(windows, pooled_height, pooled_width, *input.shape[2:])
         output, argmax = sparse_max.roi_pool(input, bins, with_argmax)
-    if not valid.all():
+    if not all_valid:
         rejected = torch.from_numpy(~valid).to(output.device)
         output[rejected] = torch.nan
         if with_argmax:
@@ -58,12 +59,16 @@ def few(windows: Integers, input: Tensor, with_argmax: bool) -> bool:
     The costs are nanoseconds as they were measured on one CPU; only their proportions matter.
     """
     channels, height, width = input.shape[1:]
-    one_by_one = len(windows) * (40_000 if with_argmax else 20_000 + 300 * channels)
-    at_once = 1_000_000 + 6 * input.numel() if with_argmax else 200_000
-    if memory_format(input) is not torch.channels_last:
-        at_once += input.numel()
-        one_by_one += min(adaptive_max.cells_cropped(windows, height, width), len(input) * height * width) * channels
-    return one_by_one < at_once
+    at_once: float
+    if with_argmax:
+        one_by_one, at_once = len(windows) * (60_000 + 600 * channels), 700_000 + 9 * input.numel()
+    else:
+        one_by_one, at_once = len(windows) * (30_000 + 250 * channels), 320_000 + 0.3 * input.numel()
+    if one_by_one < at_once or memory_format(input) is torch.channels_last:
+        return one_by_one < at_once
+    # Cells of contiguous maps are copied to channels_last: at once all, one by one at most those.
+    copied = min(adaptive_max.cells_cropped(windows, height, width), len(input) * height * width) * channels
+    return one_by_one + 1.5 * copied < at_once + 1.5 * input.numel()
 
 
 def roi_pool_backward(
