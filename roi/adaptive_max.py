@@ -66,7 +66,14 @@ def cropped(maps: Tensor, image: int, rows: slice | list[int], columns: slice | 
     """Tensor[1, C, rows, columns] of one of the `maps`."""
     if isinstance(rows, slice) and isinstance(columns, slice):
         return maps[image : image + 1, :, rows, columns]
-    return maps[image : image + 1, :, rows][..., columns]
+    cells = maps[image : image + 1].permute(0, 2, 3, 1)  # in this order many times as fast: cells are copied whole
+    return picked(picked(cells, 1, rows), 2, columns).permute(0, 3, 1, 2)
+
+
+def picked(cells: Tensor, dim: int, wanted: slice | list[int]) -> Tensor:
+    if isinstance(wanted, slice):
+        return cells.narrow(dim, wanted.start, wanted.stop - wanted.start)
+    return cells.index_select(dim, torch.tensor(wanted, device=cells.device))
 
 
 def as_slice(numbers: range) -> slice:
