@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fpn import winograd
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FusedConv2d(nn.Module):
     """relu(conv(x) + addend), with the batch norm that followed the convolution folded into it.
 
-    On the CPU, where no gradient is recorded and nothing is traced, the weights are prepared once. A change of them
-    that PyTorch does not count, one through `.data`, is not seen there.
+    On the CPU, where no gradient is recorded and nothing is traced, the weights are prepared once. A change in place
+    that PyTorch does not count is not seen there: one through `.data`, or of an inference tensor but by
+    `load_state_dict`.
 
     Args:
         conv: the convolution; its options, dtype and device are kept.
@@ -30,17 +37,25 @@ class FusedConv2d(nn.Module):
         super().__init__()
         self.conv = conv if norm is None else fold(conv, norm)
         self.relu = relu
-        self.prepared: dict[object, tuple[object, Tensor]] = {}
+        self.prepared: dict[object, Prepared] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"prepared": {}}  # in layouts that can be neither copied nor saved
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.prepared.clear()
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.prepared.clear()
+        super()._load_from_state_dict(*args)
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """The map, in channels_last memory.
 
         Args:
             x: Tensor[N, in_channels, H, W].
-            addend: of the output's shape; it may be overwritten.
+            addend: of the output's shape, in memory of its own; it may be overwritten.
         """
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = autocast_dtype(x)
@@ -62,17 +77,26 @@ class FusedConv2d(nn.Module):
     def weight_for(self, x: Tensor, prepare: Callable[[nn.Conv2d, Tensor], Tensor]) -> Tensor:
         """The weight as `prepare` makes it, for the first map of each dtype and once for all."""
         weight = self.conv.weight
-        made_of = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        version = None if weight.is_inference() else weight._version
         kept = self.prepared.get((prepare, x.dtype))  # other threads may replace it meanwhile
-        if kept is None or kept[0] != made_of:
-            kept = self.prepared[prepare, x.dtype] = (made_of, prepare(self.conv, x))
-        return kept[1]
+        if kept is None or kept.source.data_ptr() != weight.data_ptr() or kept.version != version:
+            kept = self.prepared[prepare, x.dtype] = Prepared(weight.detach(), version, prepare(self.conv, x))
+        return kept.weight
+
+
+class Prepared(NamedTuple):
+    """A weight in the form in which it is used, and what it was made of, which keeps its address from being reused."""
+
+    source: Tensor
+    version: int | None
+    weight: Tensor
 
 
 def fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
-    """norm(conv(x)) as one convolution; its weights are computed in float64 and rounded once."""
+    """norm(conv(x)) as one new convolution; its weights are computed in float64 and rounded once."""
     device, dtype = conv.weight.device, conv.weight.dtype
-    wide = fuse_conv_bn_eval(conv.cpu().double(), cast(nn.BatchNorm2d, norm.cpu().double()))
+    wide_conv, wide_norm = (copy.deepcopy(module).cpu().double() for module in (conv, norm))
+    wide = fuse_conv_bn_eval(cast(nn.Conv2d, wide_conv), cast(nn.BatchNorm2d, wide_norm))
     return wide.to(device, dtype).requires_grad_(False)
 
 
@@ -107,7 +131,7 @@ def one_pass(
 
 def fits(conv: nn.Conv2d, x: Tensor, addend: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether operators that have no gradient and cannot be recorded may do it, for `x` taken in `dtype`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_traced() or not all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, conv.weight)):
         return False
     if torch.is_grad_enabled():
         taking_part = (x, *conv.parameters()) if addend is None else (x, addend, *conv.parameters())
@@ -119,6 +143,17 @@ def fits(conv: nn.Conv2d, x: Tensor, addend: Tensor | None, dtype: torch.dtype) 
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     return torch.is_autocast_enabled("cpu") or conv.weight.dtype == dtype
+
+
+def is_traced() -> bool:
+    """Whether somebody records, transforms or differentiates forward what is computed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -193,8 +193,8 @@ class FPN(nn.Module):
 
         On the CPU 3×3 convolutions of many channels are computed by Winograd's algorithm (`fpn.winograd`), and float16
         and bfloat16 in float32, rounded after each convolution, where the processor has no arithmetic for them. Each
-        convolution keeps its weights a second time in the form in which they are used, for Winograd's algorithm four
-        times as large: some 220 MB for an `FPN50`. What is not finite may spread to outputs four cells away, and a ReLU
+        convolution keeps its weights also in the forms in which they are used, for Winograd's algorithm four times as
+        large: some 220 MB for an `FPN50`. What is not finite may spread to outputs four cells away, and a ReLU
         may give 0 for NaN. None of this is done where a gradient is recorded, or in what is traced or compiled.
 
         Returns:

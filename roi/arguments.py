@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from operator import index
@@ -37,11 +36,11 @@ def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_scale(spatial_scale: float, name: str = "spatial_scale") -> float:
-    """A finite, positive number of cells of the map per unit of the boxes, as a float."""
+    """A positive number of cells of the map per unit of the boxes, finite in float32, as a float."""
     if not isinstance(spatial_scale, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number; got {spatial_scale!r}")
     scale = float(spatial_scale)
-    if not 0 < scale < math.inf:
+    if not 0 < scale <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and positive; got {spatial_scale!r}")
     return scale
 

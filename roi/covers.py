@@ -84,7 +84,7 @@ class Cells(NamedTuple):
         lead -= (rows.cumsum() - rows).repeat(rows)  # the row's number in its bin
         lead *= self.width - length
         lead += (first - starts[:-1]).repeat(rows)
-        integer = np.int32 if self.batch * self.height * self.width < 2**31 else np.int64
+        integer = smallest_integer(self.batch * self.height * self.width, int(starts[-1]))
         cells = lead.astype(integer).repeat(length)
         cells += np.arange(len(cells), dtype=integer)
         return Cover(starts.astype(integer), cells)
@@ -143,15 +143,16 @@ class Rectangles(NamedTuple):
         i, tops = self.placed(self.heights, bins.top, bins.heights)
         j, lefts = self.placed(self.widths, bins.left, bins.widths)
         block = (i * (len(self.widths) * self.batch) + bins.image[:, None]) * self.height
-        down = [((block + top) * self.width).astype(np.int32)[:, :, None] for top in tops]
+        integer = smallest_integer(self.places, self.per_side**2 * bins.total)
+        down = [((block + top) * self.width).astype(integer)[:, :, None] for top in tops]
         block = j * (self.batch * self.height * self.width)
-        across = [(block + left).astype(np.int32)[:, None] for left in lefts]
-        rows = np.empty((*i.shape, j.shape[1], self.per_side**2), np.int32)
+        across = [(block + left).astype(integer)[:, None] for left in lefts]
+        rows = np.empty((*i.shape, j.shape[1], self.per_side**2), integer)
         for n, (y, x) in enumerate(product(down, across)):
             np.add(y, x, out=rows[..., n])
         if not (bins.heights.all() and bins.widths.all()):
             rows[bins.empty()] = self.places
-        starts = np.arange(0, rows.size + 1, self.per_side**2, dtype=np.int32) if self.per_side > 1 else None
+        starts = np.arange(0, rows.size + 1, self.per_side**2, dtype=integer) if self.per_side > 1 else None
         return Cover(starts, rows.ravel())
 
     def placed(self, lengths: Sequence[int], first: Integers, side: Integers) -> tuple[Integers, list[Integers]]:
@@ -160,6 +161,11 @@ class Rectangles(NamedTuple):
         if self.per_side == 1:
             return which, [first]
         return which, [first, first + side - np.asarray(lengths)[which]]
+
+
+def smallest_integer(*largest: int) -> type[np.signedinteger[Any]]:
+    """What holds all these numbers."""
+    return np.int32 if max(largest) < 2**31 else np.int64
 
 
 def grow(table: Tensor, lengths: Sequence[int], dim: int) -> None:

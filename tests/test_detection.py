@@ -395,13 +395,15 @@ def conv_heads() -> dict[str, Callable[[], nn.Module]]:
 def test_fused_conv_heads(name: str, dtype: torch.dtype) -> None:
     from torchvision.ops import Conv2dNormActivation
 
-    from fpn.detection.conv_heads import fuse_conv_heads
+    from fpn.detection.heads import fuse_conv_heads
 
     torch.manual_seed(0)
     head: nn.Module = randomise(conv_heads()[name]()).to(dtype)
-    assert fuse_conv_heads(nn.ModuleList([head])) == {}, "in training mode batch norm cannot be folded"
+    assert fuse_conv_heads(nn.ModuleList([head])) == ({}, {"0": "it is in training mode"})
     state = {key: value.clone() for key, value in head.eval().state_dict().items()}
-    (fused,) = fuse_conv_heads(nn.ModuleList([head])).values()
+    replacements, left = fuse_conv_heads(nn.ModuleList([head]))
+    (fused,) = replacements.values()
+    assert left == {}
     maps = torch.randn(2, 128, 13, 17, dtype=dtype)
     argument = [maps, maps[:, :, ::2, ::2]] if type(head).__module__.endswith(("rpn", "retinanet", "fcos")) else maps
     with torch.inference_mode():
@@ -410,7 +412,8 @@ def test_fused_conv_heads(name: str, dtype: torch.dtype) -> None:
         assert relative_error(output, wanted) < (1e-5 if dtype == torch.float32 else 1e-13)
     assert not any(isinstance(layer, Conv2dNormActivation) for layer in fused.modules())
     assert all(torch.equal(value, state[key]) for key, value in head.state_dict().items())
-    assert fuse_conv_heads(nn.ModuleList([fused])) == {}
+    (again,) = fuse_conv_heads(nn.ModuleList([fused]))[0].values()
+    assert repr(again) == repr(fused)
 
 
 def flattened(outputs: Any) -> list[Tensor]:
@@ -420,12 +423,31 @@ def flattened(outputs: Any) -> list[Tensor]:
 
 @pytest.mark.torchvision
 def test_a_conv_head_of_anothers_is_left() -> None:
-    from fpn.detection.conv_heads import fuse_conv_heads
 
-    for edit in (subclass, lambda head: head.cls_logits.register_forward_hook(print)):
-        head: Any = conv_heads()["RPN"]().eval()
+    edits: dict[str, Callable[[Any], object]] = {
+        "Changed, not torchvision's": subclass,
+        "cls_logits has hooks": lambda head: head.cls_logits.register_forward_hook(print),
+    }
+    for reason, edit in edits.items():
+        head = conv_heads()["RPN"]().eval()
         edit(head)
-        assert fuse_conv_heads(nn.ModuleList([head])) == {}
+        model = accelerate(nn.ModuleDict({"head": head}), fuse=True)
+        assert model.head is head
+        assert reason in model.acceleration.left["head"]
+
+
+@pytest.mark.torchvision
+def test_a_fused_head_has_no_way_back_to_torchvisions_names() -> None:
+    model = accelerate(nn.ModuleDict({"head": conv_heads()["RPN"]().eval()}), fuse=True)
+    assert list(model.acceleration.replaced) == ["head"]
+    with pytest.raises(ValueError, match=r"head\.conv\.0 is fused"):
+        torchvision_state_dict(model)
+
+
+@pytest.mark.torchvision
+def test_a_head_by_itself_is_no_detector() -> None:
+    head = conv_heads()["RPN"]().eval()
+    assert str(accelerate(head, fuse=True).acceleration) == "there was nothing to replace"
 
 
 def mobile_net() -> nn.Module:

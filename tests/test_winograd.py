@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -118,17 +119,38 @@ def test_where_a_gradient_is_recorded_it_is_the_plain_convolution(trained: str) 
 
 
 @needs_mkl
-def test_default_dtype_and_device_are_not_asked() -> None:
-    conv, x = problem(1, 128, 128, 16, 16)
-    fused = FusedConv2d(conv)
-    with torch.inference_mode():
-        expected = fused(x)
-        torch.set_default_dtype(torch.float64)
-        try:
-            with torch.device("meta"):
-                assert torch.equal(fused(x), expected)
-        finally:
-            torch.set_default_dtype(torch.float32)
+@pytest.mark.parametrize("size", [1, 3])
+def test_default_dtype_and_device_are_not_asked(size: int) -> None:
+    conv = nn.Conv2d(128, 128, size, padding=size // 2).requires_grad_(False)
+    x = torch.randn(1, 128, 16, 16)
+    one_pass_works.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            y = FusedConv2d(conv)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative_error(y, exact(conv, x)) < ALLOWED
+
+
+@needs_mkl
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.contiguous(),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+        lambda x: x[:, :1].expand(-1, 8, -1, -1),
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:, :, 3:, ::2],
+    ],
+    ids=["contiguous", "expanded", "one channel", "transposed", "sliced"],
+)
+def test_strides_of_any_kind(change: Callable[[Tensor], Tensor]) -> None:
+    conv, x = problem(2, 8, 12, 30, 34)
+    conv.weight.data = conv.weight.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    x = change(x)
+    y = winograd.conv2d(x, winograd.transform(conv, x), conv.bias, None, False)
+    assert relative_error(y, exact(conv, x)) < ALLOWED
 
 
 @needs_mkl

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fpn.checkpoint import export_state_dict
 from fpn.detection.adapters import TorchvisionBackbone
+from fpn.detection.box_head import FusedTwoMLPHead
 from fpn.fused_conv import FusedConv2d
 from roi import MultiScaleRoIAlign
 
@@ -58,8 +59,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     Args:
         model: the detector; it is changed in place.
         fuse: for inference: the backbone in the form that `FPN.fuse` gives, the convolutions of torchvision's heads
-            in the same form, and after our pooler a `TwoMLPHead` that reads channels_last RoIs as they lie. Their
-            weights are new, take no gradient and have no way back to torchvision's names.
+            in the same form (a head in training mode or with hooks is left), and after our pooler a `TwoMLPHead` that
+            reads channels_last RoIs as they lie. Their weights are new, take no gradient and have no way back to
+            torchvision's names.
 
     Returns:
         `model`. Its new attribute `acceleration` is the report, an `Acceleration`, which is also logged: at level
@@ -72,9 +74,8 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a detector, an nn.Module; got {type(model).__name__}")
-    from fpn.detection.box_head import fuse_box_heads
-    from fpn.detection.conv_heads import fuse_conv_heads
     from fpn.detection.conversion import class_name, convert_backbones, convert_poolers
+    from fpn.detection.heads import fuse_box_heads, fuse_conv_heads
 
     own = {module: module for module in model.modules() if isinstance(module, TorchvisionBackbone)}
     backbones, left = convert_backbones(model)
@@ -93,7 +94,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
 
     replaced = put(model, replacements)
     if fuse:
-        replaced |= put(model, {**fuse_box_heads(model), **fuse_conv_heads(model)})
+        heads, left_heads = fuse_conv_heads(model)
+        replaced |= put(model, {**fuse_box_heads(model), **heads})
+        left |= left_heads
     if backbones and all(parameter.device.type == "cpu" for parameter in model.parameters()):
         model.to(memory_format=torch.channels_last)
     report = Acceleration(replaced, left)
@@ -125,7 +128,8 @@ def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a detector under the names that it had before `accelerate`, of the same tensors.
 
     Raises:
-        ValueError: torchvision has no names for the backbone: it is fused, or it computes what theirs does not.
+        ValueError: torchvision has no names for a part of it: it is fused, or its backbone computes what theirs does
+            not.
     """
     state = model.state_dict()
     for name, module in model.named_modules():
@@ -133,4 +137,6 @@ def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
             prefix = f"{name}." if name else ""
             backbone = export_state_dict(module.fpn, "torchvision", prefix)
             state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}fpn.")} | backbone
+        elif isinstance(module, (FusedConv2d, FusedTwoMLPHead)):
+            raise ValueError(f"{name} is fused: its weights are not those that torchvision has under that name")
     return state

@@ -6,11 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.roi_heads import RoIHeads
-
-from fpn.detection.conversion import is_untouched
-from roi import MultiScaleRoIAlign
 
 
 class FusedTwoMLPHead(nn.Module):
@@ -34,20 +29,3 @@ class FusedTwoMLPHead(nn.Module):
         """Tensor[K, C, height, width] -> Tensor[K, features]."""
         x = rois.permute(0, 2, 3, 1).flatten(1)
         return F.relu_(self.fc7(F.relu_(self.fc6(x))))
-
-
-def fuse_box_heads(model: nn.Module) -> dict[nn.Module, FusedTwoMLPHead]:
-    """The fused form of every `TwoMLPHead` inside `model` that is fed by our pooler; of what differs there is none."""
-    fused = {}
-    for module in model.modules():
-        if isinstance(module, RoIHeads) and isinstance(module.box_roi_pool, MultiScaleRoIAlign):
-            head, (height, width) = module.box_head, module.box_roi_pool.output_size
-            if is_plain(head) and head.fc6.in_features % (height * width) == 0:
-                fused[head] = FusedTwoMLPHead(head, height, width).eval()
-    return fused
-
-
-def is_plain(head: Any) -> bool:
-    """Whether it is torchvision's own, of linear layers."""
-    plain = type(head) is TwoMLPHead and type(head.fc6) is nn.Linear and type(head.fc7) is nn.Linear
-    return plain and is_untouched(head)

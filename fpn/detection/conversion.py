@@ -13,6 +13,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from fpn.detection.adapters import TorchvisionBackbone
+from fpn.fuse import is_touched
 from fpn.norm import FrozenBatchNorm2d
 from fpn.pyramid import FPN, P6P7
 from fpn.resnet import BasicBlock, Block, Bottleneck, ResNet
@@ -43,7 +44,7 @@ def convert_poolers(model: nn.Module) -> tuple[dict[nn.Module, MultiScaleRoIAlig
 
 
 def convert_all(
-    model: nn.Module, theirs: type[nn.Module], convert: Callable[[Any], Ours]
+    model: nn.Module, theirs: type[nn.Module] | tuple[type[nn.Module], ...], convert: Callable[[Any], Ours]
 ) -> tuple[dict[nn.Module, Ours], dict[str, str]]:
     converted, reasons = {}, {}
     for name, module in model.named_modules():
@@ -189,16 +190,6 @@ def check_untouched(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if is_touched(part):
             raise ValueError(f"{name or 'it'} has hooks or a forward of its own")
-
-
-def is_untouched(module: nn.Module) -> bool:
-    return not any(map(is_touched, module.modules()))
-
-
-def is_touched(module: nn.Module) -> bool:
-    """Whether that very module has hooks or a forward of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def class_name(module: object) -> str:
