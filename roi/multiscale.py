@@ -419,10 +419,13 @@ def _save_for_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     if not with_argmax:
         raise RuntimeError("fpn_roi::multiscale_roi_pool was called with_argmax=False on features that need a gradient")
     _save_shapes(ctx, features)
+    ctx.set_materialize_grads(False)  # of the argmax it would be zeros, as many as there are outputs
     ctx.save_for_backward(rois, output[1])
 
 
-def _pool_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _pool_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad is None:
+        return ([None] * len(ctx.scales), *[None] * 8)
     rois, argmax = ctx.saved_tensors
     options = ctx.scales, *ctx.canonical, *ctx.shapes, ctx.backend
     return (torch.ops.fpn_roi.multiscale_roi_pool_backward(grad, rois, argmax, *options), *[None] * 8)

@@ -138,10 +138,13 @@ def _save_for_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     if not with_argmax:
         raise RuntimeError("fpn_roi::roi_pool was called with_argmax=False on features that require a gradient")
     ctx.shape, ctx.channels_last = input.shape, memory_format(input) is torch.channels_last
+    ctx.set_materialize_grads(False)  # of the argmax it would be zeros, as many as there are outputs
     ctx.save_for_backward(rois, output[1])
 
 
-def _pool_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _pool_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     rois, argmax = ctx.saved_tensors
     options = (*ctx.shape, ctx.channels_last, ctx.backend)
     grad_input = torch.ops.fpn_roi.roi_pool_backward(grad, rois, argmax, ctx.scale, *options)

@@ -99,9 +99,6 @@ def roi_pool_backward(
     shape = (batch, channels, height, width)
     if grad.numel() * batch == 0:  # with no image, no row was valid
         return empty_gradient(grad, shape, channels_last).zero_()
-    empty = argmax[:, :1] < 0  # all channels alike
-    if grad.device.type != "cpu" or empty.any():
-        grad = grad.masked_fill(empty, 0)  # to be added to any cell
     if grad.device.type == "cpu" and not channels_last and 5 * argmax[:, 0].numel() < batch * height * width:
         total = summed_planes(grad, rois, argmax, shape)
     else:
@@ -116,6 +113,7 @@ def summed_planes(grad: Tensor, rois: Tensor, argmax: Tensor, shape: tuple[int, 
     given, one after the other, at twice the speed of `scatter_add_`.
     """
     image = images_of(rois, shape[0])
+    grad = grad.masked_fill(argmax < 0, 0)  # to be added to any cell
     maps = torch.empty(shape, dtype=wide(grad))
     for n, map_ in enumerate(maps):
         own = (image == n).nonzero().flatten()
@@ -132,17 +130,19 @@ def summed_rows(grad: Tensor, rois: Tensor, argmax: Tensor, shape: tuple[int, in
     """The gradient cell by cell: in channels_last memory."""
     batch, channels, height, width = shape
     grad = grad.contiguous(memory_format=torch.channels_last)
-    total = grad.new_empty((batch * height * width, channels), dtype=wide(grad))
+    cells = batch * height * width
+    total = grad.new_empty((cells + 1, channels), dtype=wide(grad))  # with a row for what empty bins get
     step = max(VALUES_AT_ONCE, total.numel()) // grad[:1].numel() + 1
     for start in range(0, len(rois), step):
         some = slice(start, start + step)
-        index, terms = cell_rows(argmax[some], rois[some], batch, height * width), as_rows(grad[some].to(total.dtype))
+        index = cell_rows(argmax[some], rois[some], batch, height * width, cells)
+        terms = as_rows(grad[some].to(total.dtype))
         if grad.device.type == "cpu":  # as in summed_planes, with all images one tall map
             part = as_rows(torch.ops.aten.adaptive_max_pool2d_backward(tall(terms), tall(total), tall(index)))
             total = part if start == 0 else total.add_(part)
         else:
             total = (total.zero_() if start == 0 else total).scatter_add_(0, index, terms)
-    return total.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return total[:cells].view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def roi_pool_gather(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
@@ -153,18 +153,19 @@ def roi_pool_gather(features: Tensor, rois: Tensor, argmax: Tensor) -> Tensor:
     batch, channels, height, width = features.shape
     if batch == 0 or channels == 0:
         return features.new_zeros(argmax.shape)
-    values = as_rows(features).gather(0, cell_rows(argmax, rois, batch, height * width))
+    values = as_rows(features).gather(0, cell_rows(argmax, rois, batch, height * width, 0))
     count, _, pooled_height, pooled_width = argmax.shape
     return values.view(count, pooled_height, pooled_width, channels).permute(0, 3, 1, 2).masked_fill(argmax < 0, 0)
 
 
-def cell_rows(argmax: Tensor, rois: Tensor, batch: int, cells: int) -> Tensor:
+def cell_rows(argmax: Tensor, rois: Tensor, batch: int, cells: int, row_of_empty: int) -> Tensor:
     """The cells `argmax` as rows of all images' cells, Tensor[K·pooled_height·pooled_width, C] of int64.
 
-    An empty bin (-1) gets its image's first.
+    An empty bin (-1) gets `row_of_empty`.
     """
-    first = images_of(rois, batch).mul_(cells).view(-1, 1, 1, 1) + (argmax[:, :1] < 0).int()
-    return as_rows(argmax).to(torch.int64).add_(as_rows(first))
+    empty = argmax[:, :1] < 0  # all channels alike
+    first = torch.where(empty, row_of_empty + 1, images_of(rois, batch).mul_(cells).view(-1, 1, 1, 1))
+    return as_rows(argmax) + as_rows(first)
 
 
 def images_of(rois: Tensor, batch: int) -> Tensor:
