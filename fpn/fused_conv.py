@@ -59,15 +59,14 @@ class FusedConv2d(nn.Module):
         """
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = autocast_dtype(x)
-        computed_in = dtype if multiplies(dtype) else torch.float32
-        if not fits(self.conv, x, addend, dtype) or not one_pass_works(computed_in):
+        if not fits(self.conv, x, addend, dtype) or not one_pass_works(working_dtype(dtype)):
             y: Tensor = self.conv(x)
             if addend is not None:
                 y += addend
             return y.relu_() if self.relu else y
-        x = x.to(computed_in)
-        addend = None if addend is None else addend.to(computed_in)
-        bias = None if self.conv.bias is None else self.conv.bias.to(computed_in)
+        x = x.to(working_dtype(dtype))
+        addend = None if addend is None else addend.to(x.dtype)
+        bias = None if self.conv.bias is None else self.conv.bias.to(x.dtype)
         if winograd.serves(self.conv, x):
             y = winograd.conv2d(x, self.weight_for(x, winograd.transform), bias, addend, self.relu)
         else:
@@ -164,17 +163,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 @cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products of that dtype.
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 where this processor has no instructions for products of that dtype.
 
     Without them oneDNN converts what it reads again and again, and takes three times as long as for float32.
     """
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        if dtype == torch.bfloat16:
-            return bool(torch.cpu._is_avx512_bf16_supported())
-        if dtype == torch.float16:
-            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return dtype
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return torch.float32
+    return dtype
 
 
 @cache

@@ -174,7 +174,7 @@ def test_half_precision_is_computed_in_float32_where_the_processor_has_no_other(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounded once, at the end: to the numbers nearest to the exact ones, but for float32's own rounding."""
-    monkeypatch.setattr("fpn.fused_conv.multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("fpn.fused_conv.working_dtype", lambda dtype: torch.float32)
     conv, x = problem(2, 128, 128, 20, 20)
     conv, x = conv.to(dtype), x.to(dtype)
     fused = FusedConv2d(conv, relu=True)
