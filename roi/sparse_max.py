@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 import torch
@@ -26,6 +25,11 @@ VALUES_AT_ONCE = 2**24  # of a part of the output
 KEYS_AT_ONCE = 2**18  # eight bytes each, which stay in cache
 
 INTEGERS = {2: (torch.int16, -(2**15)), 4: (torch.int32, -(2**31)), 8: (torch.int64, -(2**63))}  # by bytes, their least
+
+# PyTorch says once in a process that its CSR tensors are in beta: now, to nobody, and not in the middle of a call.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 0), device="cpu")
 
 # A key of 63 bits is that of a positive, normal float64.
 POSITION_BITS = 31
@@ -146,17 +150,8 @@ def maxima(table: Tensor, cover: Cover) -> Tensor:
     rows = torch.from_numpy(cover.rows)
     if cover.starts is None:
         return table.index_select(0, rows)
-    announce_nothing()
     starts = torch.from_numpy(cover.starts)
     size = (len(starts) - 1, len(table))
     matrix = torch.sparse_csr_tensor(starts, rows, table.new_ones(len(rows)), size, check_invariants=False)
     result: Tensor = torch.sparse.mm(matrix, table, "amax")
     return result
-
-
-@cache
-def announce_nothing() -> None:
-    """Has PyTorch say now, to nobody, what it says once in a process: that its CSR tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0], [], [], (0, 0))

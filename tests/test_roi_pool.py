@@ -227,7 +227,7 @@ def test_parts_of_any_size_give_the_same(limit: int, layout, monkeypatch) -> Non
 def test_no_warning_of_pytorchs() -> None:
     """That its sparse tensors are in beta is nothing to the users of pooling."""
     script = "import torch, warnings; warnings.simplefilter('error'); import roi; "
-    script += "roi.roi_pool(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 2)"
+    script += "roi.roi_pool(torch.zeros(1, 8, 50, 84), torch.zeros(600, 5), 2)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert not run.stderr
