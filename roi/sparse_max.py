@@ -24,8 +24,6 @@ READS_AT_ONCE = 2**21  # entries of a matrix
 VALUES_AT_ONCE = 2**24  # of a part of the output
 KEYS_AT_ONCE = 2**18  # eight bytes each, which stay in cache
 
-INTEGERS = {2: (torch.int16, -(2**15)), 4: (torch.int32, -(2**31)), 8: (torch.int64, -(2**63))}  # by bytes, their least
-
 # PyTorch says once in a process that its CSR tensors are in beta: now, to nobody, and not in the middle of a call.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -51,8 +49,8 @@ def fits_keys(input: Tensor) -> bool:
 
 def has_negative_zero(input: Tensor) -> bool:
     """Whether the least of the bits, as integers, are those of -0, the least of all."""
-    integers, least = INTEGERS[input.element_size()]
-    return int(input.view(integers).amin()) == least
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[input.element_size()]
+    return int(input.view(integers).amin()) == torch.iinfo(integers).min
 
 
 def roi_pool(input: Tensor, bins: Bins, with_argmax: bool) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ def summed_planes(grad: Tensor, rois: Tensor, argmax: Tensor, shape: tuple[int, 
     given, one after the other, at twice the speed of `scatter_add_`.
     """
     image = images_of(rois, shape[0])
-    grad = grad.masked_fill(argmax < 0, 0)  # to be added to any cell
+    grad = grad.masked_fill(argmax[:, :1] < 0, 0)  # all channels alike; to be added to any cell
     maps = torch.empty(shape, dtype=wide(grad))
     for n, map_ in enumerate(maps):
         own = (image == n).nonzero().flatten()

@@ -423,7 +423,6 @@ def flattened(outputs: Any) -> list[Tensor]:
 
 @pytest.mark.torchvision
 def test_a_conv_head_of_anothers_is_left() -> None:
-
     edits: dict[str, Callable[[Any], object]] = {
         "Changed, not torchvision's": subclass,
         "cls_logits has hooks": lambda head: head.cls_logits.register_forward_hook(print),
