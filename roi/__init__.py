@@ -14,16 +14,24 @@ if not (_here / "kernels").is_dir():
     kernels = sys.modules["roi.kernels"] = module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
 
-from roi.align import RoIAlign, roi_align  # noqa: E402
-from roi.backend import backend_info, default_backend, set_default_backend  # noqa: E402
-from roi.multiscale import (  # noqa: E402
-    MultiScaleRoIAlign,
-    MultiScaleRoIPool,
+from roi._backend import backend_info, default_backend, set_default_backend  # noqa: E402
+from roi.functions import (  # noqa: E402
     multiscale_roi_align,
     multiscale_roi_pool,
+    ps_roi_align,
+    ps_roi_pool,
+    roi_align,
+    roi_pool,
 )
-from roi.pool import RoIPool, roi_pool  # noqa: E402
-from roi.position_sensitive import PSRoIAlign, PSRoIPool, ps_roi_align, ps_roi_pool  # noqa: E402
+from roi.modules import (  # noqa: E402
+    MultiScaleRoIAlign,
+    MultiScaleRoIPool,
+    PSRoIAlign,
+    PSRoIPool,
+    RoIAlign,
+    RoIPool,
+)
+from roi.torch_path.memory import empty_cache  # noqa: E402
 
 __all__ = [
     "MultiScaleRoIAlign",
@@ -34,6 +42,7 @@ __all__ = [
     "RoIPool",
     "backend_info",
     "default_backend",
+    "empty_cache",
     "multiscale_roi_align",
     "multiscale_roi_pool",
     "ps_roi_align",

@@ -23,8 +23,8 @@ from roi.cupy_path.align import (
     roi_align_backward,
 )
 from roi.cupy_path.launch import KernelLimitError
-from roi.cupy_path.pool import multiscale_roi_pool, multiscale_roi_pool_backward, roi_pool, roi_pool_backward
-from roi.cupy_path.position_sensitive import (
+from roi.cupy_path.max_pool import multiscale_roi_pool, multiscale_roi_pool_backward, roi_pool, roi_pool_backward
+from roi.cupy_path.average_pool import (
     ps_roi_align,
     ps_roi_align_backward,
     ps_roi_pool,

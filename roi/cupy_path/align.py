@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from roi.cupy_path import launch
-from roi.layout import format_of, memory_format
+from roi._outputs import empty_argmax, empty_pooled
+from roi._problem import memory_format
 
 CANDIDATE_BYTES = {torch.float32: 32, torch.float64: 56}  # Candidate<Sampling<…>>
 VECTOR_ATOMICS = 4  # numbers, all float32

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from roi.kernels import get_kernel
-from roi.layout import format_of, memory_format
+from roi._outputs import empty_argmax, empty_pooled
+from roi._problem import memory_format
 
 
 class KernelLimitError(ValueError):

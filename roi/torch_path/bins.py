@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from roi._problem import Pooling
+
 MAX_CELL = 2**30  # coordinates saturate here, so that bins are exact in 32-bit integers everywhere
 
 Integers = NDArray[np.int64]
@@ -71,27 +73,19 @@ class Bins(NamedTuple):
     widths: Integers
 
     @classmethod
-    def of(cls, windows: Integers, pooled_height: int, pooled_width: int, height: int, width: int) -> Bins:
+    def of(cls, windows: Integers, pooling: Pooling, height: int, width: int) -> Bins:
         image, y, x, h, w = windows.T
-        top, bottom = bin_edges(y, h, pooled_height, height)
-        left, right = bin_edges(x, w, pooled_width, width)
+        top, bottom = bin_edges(y, h, pooling.pooled_height, height)
+        left, right = bin_edges(x, w, pooling.pooled_width, width)
         return cls(image, top, np.maximum(bottom - top, 0), left, np.maximum(right - left, 0))
 
     @property
     def pooled_size(self) -> tuple[int, int]:
         return self.top.shape[1], self.left.shape[1]
 
-    @property
-    def total(self) -> int:
-        height, width = self.pooled_size
-        return len(self.image) * height * width
-
-    def largest(self) -> tuple[int, int]:
-        """The height of the tallest bin and the width of the widest, at least 1."""
-        return int(self.heights.max(initial=1)), int(self.widths.max(initial=1))
-
-    def narrow(self, start: int, stop: int) -> Bins:
-        return Bins(*(side[start:stop] for side in self))
+    def narrow(self, rois: Integers | slice) -> Bins:
+        """Those of some RoIs."""
+        return Bins(*(side[rois] for side in self))
 
     def cells_read(self) -> Integers:
         """[K]: how many cells the bins of each RoI have together."""
@@ -102,3 +96,12 @@ class Bins(NamedTuple):
         """[K, pooled_height, pooled_width]: which bins lie off the map."""
         empty: NDArray[np.bool_] = (self.heights == 0)[:, :, None] | (self.widths == 0)[:, None, :]
         return empty
+
+
+FEW = np.array([1, *(m * 2**k for k in range(40) for m in (2, 3))])  # 1, 2, 3, 4, 6, 8, 12, 16, …
+
+
+def rounded_up(count: NDArray[Any]) -> Integers:
+    """Every count replaced by one of few: by at most half as much again."""
+    few: Integers = FEW[np.searchsorted(FEW, count)]
+    return few

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from roi.cupy_path import launch
-from roi.layout import empty_argmax, empty_pooled, format_of, memory_format
+from roi._outputs import empty_argmax, empty_pooled
+from roi._problem import memory_format
 
 CANDIDATE_BYTES = 24  # Candidate<Extent>
 

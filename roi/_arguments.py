@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from operator import index
@@ -9,6 +10,8 @@ from operator import index
 import numpy as np
 import torch
 from torch import Tensor
+
+from roi._problem import memory_format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,3 +69,34 @@ def check_flag(value: bool, name: str) -> bool:
     if not isinstance(value, (int, np.bool_)):
         raise TypeError(f"{name} must be a bool; got {value!r}")
     return bool(value)
+
+
+def check_canonical(canonical_scale: float, canonical_level: float) -> tuple[float, float]:
+    for value, name in ((canonical_scale, "canonical_scale"), (canonical_level, "canonical_level")):
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise TypeError(f"{name} must be a finite number; got {value!r}")
+    if canonical_scale <= 0:
+        raise ValueError(f"canonical_scale must be positive; got {canonical_scale!r}")
+    return float(canonical_scale), float(canonical_level)
+
+
+def check_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float]) -> tuple[list[Tensor], list[float]]:
+    """Maps of one memory format, the first one's, and their scales."""
+    if isinstance(features, Tensor) or not isinstance(features, Sequence) or not features:
+        raise TypeError(f"features must be a list of a Tensor[N, C, Hl, Wl] per level; got {type(features).__name__}")
+    first = features[0]
+    for level, map_ in enumerate(features):
+        check_input(map_, f"features[{level}]")
+        if map_.shape[:2] != first.shape[:2] or map_.dtype != first.dtype or map_.device != first.device:
+            raise ValueError(
+                f"features[{level}] must have batch size, channels, dtype and device of features[0], "
+                f"{tuple(first.shape[:2])}, {first.dtype}, {first.device}; "
+                f"got {tuple(map_.shape[:2])}, {map_.dtype}, {map_.device}"
+            )
+    if not isinstance(spatial_scales, Sequence):
+        raise TypeError(f"spatial_scales must be a list of a number per level; got {type(spatial_scales).__name__}")
+    scales = [check_scale(scale, "spatial_scales") for scale in spatial_scales]
+    if len(scales) != len(features):
+        raise ValueError(f"spatial_scales must have one scale per level; got {len(scales)} for {len(features)}")
+    layout = memory_format(first)
+    return [map_.contiguous(memory_format=layout) for map_ in features], scales

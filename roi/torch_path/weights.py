@@ -9,17 +9,15 @@ This is NumPy on the host: a few numbers for each RoI, in many steps that cost l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-
-from roi.bins import MAX_CELL
-
-Array = NDArray[Any]
-Rows = Array | slice  # some RoIs: their indices, or all from one to another
+from roi._problem import Pooling
+from roi.torch_path.bins import MAX_CELL, bin_edges, roi_windows, rounded_up
+from roi.torch_path.levels import Rows
+from roi.torch_path.tables import Array
 
 ALIKE = 2  # samples of a bin's side up to which it does not pay to tell RoIs apart
 
@@ -35,7 +33,11 @@ class Entries(NamedTuple):
 
 
 class BinWeights(Protocol):
-    """The bins of K RoIs."""
+    """The bins of K RoIs: of each, lines of rows and lines of columns."""
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """Bins of a RoI along y and along x."""
 
     @property
     def sizes(self) -> Array:
@@ -46,6 +48,12 @@ class BinWeights(Protocol):
 
     def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
         """Those of some RoIs, which have that size at most."""
+
+    def window(self) -> tuple[Array, Array]:
+        """The first and the last (row, column) of the map that a RoI reaches, up to rounding: [K, 2] of int64 each.
+
+        A RoI off the map reaches the nearest ones there.
+        """
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class SampledBins:
         adaptive: whether bins of different RoIs have different numbers of samples.
     """
 
-    pooled_height: int
+    lines: tuple[int, int]
     sizes: Array
     begin: Array
     length: Array
@@ -73,11 +81,6 @@ class SampledBins:
     visited: Array
     limits: Array
     adaptive: bool
-
-    def __getitem__(self, rois: Rows) -> SampledBins:
-        """Those of some RoIs."""
-        per_roi = ("sizes", "begin", "length", "grid", "first", "visited")
-        return replace(self, **{name: getattr(self, name)[rois] for name in per_roi})
 
     def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
         return len(self.limits) * int(self.visited[rois].max()) * (max(size) + 2)
@@ -96,7 +99,7 @@ class SampledBins:
             # A sample off the map has no weight, and reads no cell that the others do not: it might hold NaN.
             y = np.where(valid, y, np.where(valid, y, 0).max(axis=2, keepdims=True))
             weight = weight * valid.reshape(*valid.shape[:2], runs, -1, 1)
-            empty = outer_or(~valid.any(axis=2), self.pooled_height)
+            empty = outer_or(~valid.any(axis=2), self.lines[0])
 
         y = y.reshape(*y.shape[:2], runs, -1, 1)
         cells = np.floor(y.min(axis=3)) + np.arange(max(size) // runs, dtype=y.dtype)
@@ -104,59 +107,43 @@ class SampledBins:
         weights = (hats * weight).sum(axis=3) if samples > runs else (hats * weight)[:, :, :, 0]
         cells = np.minimum(cells, np.minimum(np.floor(y.max(axis=3)) + 1, last[:, None]))
         flat = (*y.shape[:2], -1)
-        return by_sides(cells.reshape(flat), weights.reshape(flat), empty, self.pooled_height, size)
+        return by_sides(cells.reshape(flat), weights.reshape(flat), empty, self.lines[0], size)
 
     def window(self) -> tuple[Array, Array]:
-        """The first and the last (row, column) of the map that a RoI reaches, up to rounding: [K, 2] of int64 each.
-
-        A RoI off the map reaches the nearest ones there.
-        """
         ends = np.clip(np.stack([self.begin, self.begin + self.length]), 0, self.limits - 1)
-        sides = ends[:, :, : self.pooled_height], ends[:, :, self.pooled_height :]
-        low = np.stack([side.min(axis=(0, 2)) for side in sides], axis=1)
-        high = np.stack([side.max(axis=(0, 2)) for side in sides], axis=1)
+        starts = [0, self.lines[0]]
+        low = np.minimum.reduceat(ends.min(axis=0), starts, axis=1)
+        high = np.maximum.reduceat(ends.max(axis=0), starts, axis=1)
         return low.astype(np.int64), np.minimum(high + 1, self.limits[[0, -1]] - 1).astype(np.int64)
 
 
-def sampled_bins(
-    rois: Array,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    sampling_ratio: int,
-    offset: float,
-    smallest: float | None,
-    height: int,
-    width: int,
-) -> SampledBins:
-    """The bins of [K, 5] `rois`, whose rows must be finite, on a map of height × width cells.
-
-    Args:
-        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
-        offset: subtracted from the coordinates in cells.
-        smallest: size in cells that a RoI has at least; None: it may be empty or reversed.
-    """
-    axis, place, bins, limits = line_constants(pooled_height, pooled_width, height, width, rois.dtype)
+def sampled_bins(boxes: Array, pooling: Pooling, scale: float, height: int, width: int) -> SampledBins:
+    """RoIAlign's bins of [K, 5] `boxes`, whose rows are finite, on a map of height × width cells at that scale."""
+    pooled_height, pooled_width, sampling_ratio = pooling.pooled_height, pooling.pooled_width, pooling.sampling_ratio
+    axis, place, bins, limits = line_constants(pooled_height, pooled_width, height, width, boxes.dtype)
     with np.errstate(over="ignore"):  # far boxes may become infinite, and saturate
-        corners = np.clip(rois[:, 1:] * rois.dtype.type(spatial_scale), -MAX_CELL, MAX_CELL)
-    corners = (corners - offset).reshape(-1, 2, 2)[:, :, ::-1]  # [K, ends, (y, x)]
+        corners = np.clip(boxes[:, 1:] * boxes.dtype.type(scale), -MAX_CELL, MAX_CELL)
+    corners = corners.reshape(-1, 2, 2)[:, :, ::-1]  # [K, ends, (y, x)]
+    if pooling.aligned:
+        corners = corners - 0.5
     begin, length = corners[:, 0], corners[:, 1] - corners[:, 0]
-    if smallest is not None:
-        length = np.maximum(length, smallest)
+    if not pooling.aligned:
+        length = np.maximum(length, 1)
     length = length / bins
     grid = np.full_like(length, sampling_ratio) if sampling_ratio > 0 else np.maximum(np.ceil(length), 0)
     close = (np.abs(length) <= grid).all(axis=1) if sampling_ratio > ALIKE else None
     begin, length, grid = begin[:, axis] + place * length[:, axis], length[:, axis], grid[:, axis]
     if sampling_ratio > 0:
-        sizes = np.full((len(rois), 2), 2 * sampling_ratio)
+        sizes = np.full((len(boxes), 2), 2 * sampling_ratio)
         if close is not None:
             sizes[close] = np.minimum(sampling_ratio + 1, [height, width])
-        first, visited = np.zeros_like(begin), np.full(len(rois), sampling_ratio)
+        first, visited = np.zeros_like(begin), np.full(len(boxes), sampling_ratio)
     else:
         first, sides = visited_samples(begin, length, grid, limits, pooled_height)
         sizes = np.minimum(rounded_up(sides) + 1, [height, width])
         visited = sides.max(axis=1)
-    return SampledBins(pooled_height, sizes, begin, length, grid, first, visited, limits, sampling_ratio <= 0)
+    lines = pooled_height, pooled_width
+    return SampledBins(lines, sizes, begin, length, grid, first, visited, limits, sampling_ratio <= 0)
 
 
 def visited_samples(begin: Array, length: Array, grid: Array, limits: Array, pooled_height: int) -> tuple[Array, Array]:
@@ -180,15 +167,14 @@ def visited_samples(begin: Array, length: Array, grid: Array, limits: Array, poo
 class CellBins:
     """Bins that are means of whole cells: low … high - 1 of every line, [K, lines] of integers."""
 
-    pooled_height: int
+    lines: tuple[int, int]
     low: Array
     high: Array
 
     @property
     def sizes(self) -> Array:
         count = np.maximum(self.high - self.low, 1)
-        sides = count[:, : self.pooled_height], count[:, self.pooled_height :]
-        return rounded_up(np.stack([side.max(axis=1) for side in sides], axis=1))
+        return rounded_up(np.maximum.reduceat(count, [0, self.lines[0]], axis=1))
 
     def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
         return int(self.low.shape[1]) * max(size)
@@ -197,11 +183,25 @@ class CellBins:
         low, high = self.low[rois, :, None], self.high[rois, :, None]
         cells = low + np.arange(max(size))
         weights = (cells < high) / np.maximum(high - low, 1)
-        empty = (high <= low)[:, :, 0]
+        off_map = (high <= low)[:, :, 0]
         cells = np.maximum(np.minimum(cells, high - 1), 0)
-        return by_sides(
-            cells, weights, outer_or(empty, self.pooled_height) if empty.any() else None, self.pooled_height, size
-        )
+        empty = outer_or(off_map, self.lines[0]) if off_map.any() else None
+        return by_sides(cells, weights, empty, self.lines[0], size)
+
+    def window(self) -> tuple[Array, Array]:
+        starts = [0, self.lines[0]]
+        first = np.minimum.reduceat(self.low, starts, axis=1)
+        last = np.maximum.reduceat(self.high, starts, axis=1) - 1
+        return np.minimum(first, np.maximum(last, 0)), np.maximum(last, 0)
+
+
+def cell_bins(boxes: Array, pooling: Pooling, scale: float, height: int, width: int) -> CellBins:
+    """Bins of whole cells. A RoI ends before the cell of its second corner, the map before its last row and column."""
+    _, y, x, h, w = roi_windows(boxes, scale).T
+    rows = bin_edges(y, np.maximum(h - 1, 1), pooling.pooled_height, height - 1)
+    columns = bin_edges(x, np.maximum(w - 1, 1), pooling.pooled_width, width - 1)
+    low, high = (np.concatenate(edges, axis=1) for edges in zip(rows, columns, strict=True))
+    return CellBins((pooling.pooled_height, pooling.pooled_width), low, high)
 
 
 def by_sides(cells: Array, weights: Array, empty: Array | None, pooled_height: int, size: tuple[int, int]) -> Entries:
@@ -226,10 +226,3 @@ def line_constants(
     bins, sides = np.array([[pooled_height, pooled_width], [height, width]], dtype=dtype)
     return axis, place, bins, sides[axis]
 
-
-FEW = np.array([1, *(m * 2**k for k in range(40) for m in (2, 3))])  # 1, 2, 3, 4, 6, 8, 12, 16, …
-
-
-def rounded_up(count: Array) -> Array:
-    """Every count replaced by one of few: by at most half as much again."""
-    return FEW[np.searchsorted(FEW, count)]

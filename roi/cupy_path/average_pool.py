@@ -7,7 +7,8 @@ from torch import Tensor
 
 from roi.cupy_path import launch
 from roi.cupy_path.align import align_backward, align_forward
-from roi.layout import format_of, memory_format
+from roi._outputs import empty_argmax, empty_pooled
+from roi._problem import memory_format
 
 CANDIDATE_BYTES = 24  # Candidate<Extent>
 

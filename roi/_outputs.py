@@ -1,0 +1,34 @@
+"""What the operators' results are made of: said once for both paths and for the fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from roi._problem import Maps, Pooling
+
+
+def empty_pooled(like: Tensor, count: int, maps: Maps, pooling: Pooling) -> Tensor:
+    """Tensor[count, C, pooled_height, pooled_width] of the dtype and device of `like`, in the maps' memory format."""
+    shape = (count, pooling.output_channels(maps.channels), pooling.pooled_height, pooling.pooled_width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=maps.layout)
+
+
+def empty_gradients(like: Tensor, maps: Maps) -> list[Tensor]:
+    """A Tensor[N, C, Hl, Wl] for each level, of the dtype and device of `like`."""
+    return [
+        torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=maps.layout) for shape in maps.shapes
+    ]
+
+
+def empty_argmax(like: Tensor, count: int, maps: Maps, pooling: Pooling) -> Tensor:
+    """Tensor[count, C, pooled_height, pooled_width] of the integer that holds any cell y·width + x of any level.
+
+    The CUDA kernels write it in the maps' memory format. Elsewhere it lies channel by channel, Tensor[C, count, …] in
+    memory, as the gradient is summed.
+    """
+    dtype = torch.int32 if max(height * width for height, width in maps.sizes) < 2**31 else torch.int64
+    sides = pooling.pooled_height, pooling.pooled_width
+    if like.device.type == "cuda":
+        return torch.empty((count, maps.channels, *sides), dtype=dtype, device=like.device, memory_format=maps.layout)
+    return torch.empty((maps.channels, count, *sides), dtype=dtype, device=like.device).transpose(0, 1)

@@ -1,0 +1,79 @@
+"""Which level of a pyramid a box belongs to: Lin et al., Feature Pyramid Networks (2017), section 4.2, equation 1."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from roi._boxes import valid_rows
+from roi._problem import LEVEL_EPSILON, Pooling
+
+Rows = NDArray[Any] | slice  # some RoIs: their indices, or all from one to another
+
+
+class OnLevel(NamedTuple):
+    """The boxes of one level.
+
+    Attributes:
+        boxes: [k, 5] of (batch index, x1, y1, x2, y2), finite, of an image of the batch.
+        places: where they are among all boxes.
+    """
+
+    level: int
+    boxes: NDArray[Any]
+    places: Rows
+
+
+class Assigned(NamedTuple):
+    """All boxes: those of each level that has some, and the indices of those that are on no level or not valid."""
+
+    levels: list[OnLevel]
+    on_none: NDArray[np.int64]
+    invalid: NDArray[np.int64]
+
+    def fill_rest(self, output: Tensor) -> None:
+        """Give the rows of `output` that no level fills what they are: 0, or NaN where the box is not valid."""
+        for rows, value in ((self.on_none, 0.0), (self.invalid, math.nan)):
+            if len(rows):
+                output[torch.from_numpy(rows).to(output.device)] = value
+
+
+def map_levels(rois: Tensor, pooling: Pooling) -> Tensor:
+    """Tensor[K] of int64: the level of each of Tensor[K, 5] `rois`, counted from the first one.
+
+    k = floor(canonical_level + log2(sqrt(w·h) / canonical_scale)), in the dtype of `rois`, clamped to -log2 of the
+    first and of the last scale, less that of the first. A box without an area, or with a negative one, belongs to the
+    first level. Where scales do not double, there may be fewer levels than the result says: such a box is on none.
+    """
+    finest, coarsest = -math.log2(pooling.scales[0]), -math.log2(pooling.scales[-1])
+    x1, y1, x2, y2 = rois[:, 1:].unbind(1)
+    size = ((x2 - x1) * (y2 - y1)).sqrt()
+    level = torch.floor(pooling.canonical_level + torch.log2(size / pooling.canonical_scale) + LEVEL_EPSILON)
+    return (level.nan_to_num(nan=finest).clamp(finest, coarsest) - finest).to(torch.int64)
+
+
+def assign(rois: Tensor, batch: int, pooling: Pooling) -> Assigned:
+    """The level of each of Tensor[K, 5] `rois`, which are read back from a device."""
+    boxes = rois.detach().cpu().numpy()
+    valid = valid_rows(boxes, batch)
+    count, all_valid = len(pooling.scales), bool(valid.all())
+    none = np.empty(0, np.int64)
+    if count == 1 and all_valid:
+        return Assigned([OnLevel(0, boxes, slice(0, len(boxes)))] if len(boxes) else [], none, none)
+    if count == 1:
+        level = np.zeros(len(boxes), np.int64)
+    else:
+        level = map_levels(torch.from_numpy(boxes), pooling).numpy()
+    if not all_valid:
+        level = np.where(valid, level, -1)
+    levels = []
+    for index in range(count):
+        places = np.flatnonzero(level == index)
+        if len(places):
+            levels.append(OnLevel(index, boxes[places], places))
+    return Assigned(levels, np.flatnonzero(level >= count), none if all_valid else np.flatnonzero(~valid))
