@@ -35,7 +35,7 @@ from torch import Tensor
 import roi
 from benchmarks.harness import describe, environment
 from benchmarks.random_boxes import KINDS
-from roi.bins import roi_windows
+from roi.torch_path.bins import roi_windows
 from tests.torchvision_bins import sizes_exact, torchvision_bins_are_exact
 
 TOLERANCE = 1e-12

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roi.bins import Integers, roi_windows
+from roi.torch_path.bins import Integers, roi_windows
 
 
 @dataclass(frozen=True)

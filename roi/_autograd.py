@@ -180,8 +180,7 @@ def with_zeros(tangents: Sequence[Tensor | None], shapes: Sequence[Sequence[int]
     if given is None:
         return None
     return [
-        given.new_zeros(shape) if tangent is None else tangent
-        for tangent, shape in zip(tangents, shapes, strict=True)
+        given.new_zeros(shape) if tangent is None else tangent for tangent, shape in zip(tangents, shapes, strict=True)
     ]
 
 

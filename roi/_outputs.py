@@ -24,11 +24,9 @@ def empty_gradients(like: Tensor, maps: Maps) -> list[Tensor]:
 def empty_argmax(like: Tensor, count: int, maps: Maps, pooling: Pooling) -> Tensor:
     """Tensor[count, C, pooled_height, pooled_width] of the integer that holds any cell y·width + x of any level.
 
-    The CUDA kernels write it in the maps' memory format. Elsewhere it lies channel by channel, Tensor[C, count, …] in
-    memory, as the gradient is summed.
+    The CUDA kernels write it in the maps' memory format; elsewhere it is channels_last, as the path works inside.
     """
     dtype = torch.int32 if max(height * width for height, width in maps.sizes) < 2**31 else torch.int64
-    sides = pooling.pooled_height, pooling.pooled_width
-    if like.device.type == "cuda":
-        return torch.empty((count, maps.channels, *sides), dtype=dtype, device=like.device, memory_format=maps.layout)
-    return torch.empty((maps.channels, count, *sides), dtype=dtype, device=like.device).transpose(0, 1)
+    shape = (count, maps.channels, pooling.pooled_height, pooling.pooled_width)
+    layout = maps.layout if like.device.type == "cuda" else torch.channels_last
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)

@@ -130,8 +130,8 @@ def roi_align(
 
     Returns:
         Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input` (reverse
-        and forward mode, to any order), not in the boxes. On CUDA, a row with a non-finite number or a batch index outside [0, N)
-        comes out as NaN.
+        and forward mode, to any order), not in the boxes. On CUDA, a row with a non-finite number or a batch index
+        outside [0, N) comes out as NaN.
 
     Raises:
         TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.
@@ -246,8 +246,8 @@ def ps_roi_pool(
 
     Returns:
         Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input` (reverse
-        and forward mode, to any order), not in the boxes. On CUDA, a row with a non-finite number or a batch index outside [0, N)
-        comes out as NaN.
+        and forward mode, to any order), not in the boxes. On CUDA, a row with a non-finite number or a batch index
+        outside [0, N) comes out as NaN.
 
     Raises:
         TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.

@@ -22,14 +22,14 @@ from roi.cupy_path.align import (
     roi_align,
     roi_align_backward,
 )
-from roi.cupy_path.launch import KernelLimitError
-from roi.cupy_path.max_pool import multiscale_roi_pool, multiscale_roi_pool_backward, roi_pool, roi_pool_backward
 from roi.cupy_path.average_pool import (
     ps_roi_align,
     ps_roi_align_backward,
     ps_roi_pool,
     ps_roi_pool_backward,
 )
+from roi.cupy_path.launch import KernelLimitError
+from roi.cupy_path.max_pool import multiscale_roi_pool, multiscale_roi_pool_backward, roi_pool, roi_pool_backward
 
 __all__ = [
     "KernelLimitError",

@@ -8,9 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from roi.cupy_path import launch
-from roi._outputs import empty_argmax, empty_pooled
 from roi._problem import memory_format
+from roi.cupy_path import launch
 
 CANDIDATE_BYTES = {torch.float32: 32, torch.float64: 56}  # Candidate<Sampling<…>>
 VECTOR_ATOMICS = 4  # numbers, all float32

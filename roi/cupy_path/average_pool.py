@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from roi._problem import memory_format
 from roi.cupy_path import launch
 from roi.cupy_path.align import align_backward, align_forward
-from roi._outputs import empty_argmax, empty_pooled
-from roi._problem import memory_format
 
 CANDIDATE_BYTES = 24  # Candidate<Extent>
 

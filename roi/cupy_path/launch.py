@@ -12,9 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from roi.kernels import get_kernel
-from roi._outputs import empty_argmax, empty_pooled
 from roi._problem import memory_format
+from roi.kernels import get_kernel
 
 
 class KernelLimitError(ValueError):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roi.cupy_path import launch
 from roi._outputs import empty_argmax, empty_pooled
 from roi._problem import memory_format
+from roi.cupy_path import launch
 
 CANDIDATE_BYTES = 24  # Candidate<Extent>
 

@@ -65,10 +65,7 @@ def assign(rois: Tensor, batch: int, pooling: Pooling) -> Assigned:
     none = np.empty(0, np.int64)
     if count == 1 and all_valid:
         return Assigned([OnLevel(0, boxes, slice(0, len(boxes)))] if len(boxes) else [], none, none)
-    if count == 1:
-        level = np.zeros(len(boxes), np.int64)
-    else:
-        level = map_levels(torch.from_numpy(boxes), pooling).numpy()
+    level = map_levels(torch.from_numpy(boxes), pooling).numpy() if count > 1 else np.zeros(len(boxes), np.int64)
     if not all_valid:
         level = np.where(valid, level, -1)
     levels = []
@@ -77,3 +74,20 @@ def assign(rois: Tensor, batch: int, pooling: Pooling) -> Assigned:
         if len(places):
             levels.append(OnLevel(index, boxes[places], places))
     return Assigned(levels, np.flatnonzero(level >= count), none if all_valid else np.flatnonzero(~valid))
+
+
+def put(output: Tensor, places: Rows, values: Tensor) -> None:
+    """The channels of bins, Tensor[k, h, w, C] or flat, as the rows `places` of Tensor[K, C, h, w] `output`."""
+    target = output.permute(0, 2, 3, 1)
+    values = values.view(-1, *target.shape[1:])
+    if isinstance(places, slice):
+        target[places].copy_(values)
+    else:
+        target[torch.from_numpy(places).to(target.device)] = values.to(target.dtype)
+
+
+def taken(rois: Rows, some: Rows) -> Rows:
+    """Those of some RoIs that are at `some` places among them."""
+    if isinstance(rois, slice):
+        return slice(rois.start + some.start, rois.start + some.stop) if isinstance(some, slice) else rois.start + some
+    return rois[some]

@@ -5,7 +5,8 @@ Both are sums of weighted cells: linear in the maps. Half precision is summed in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,29 +14,37 @@ from roi._outputs import empty_gradients, empty_pooled
 from roi._problem import Maps, Pooling
 from roi.torch_path.levels import OnLevel, assign
 from roi.torch_path.memory import in_large_pages
-from roi.torch_path.tables import Array, Cells, cropped, lies_in_rows, whole_cells, whole_table
-from roi.torch_path.weighted_sums import gradient_rows, pool, spread
+from roi.torch_path.tables import Array, Table, whole_cells
+from roi.torch_path.threads import on_free_cores
+from roi.torch_path.weighted_sums import by_cell, gradient_rows, pool, spread, sums
 from roi.torch_path.weights import BinWeights, cell_bins, sampled_bins
 
 # (boxes of one level, pooling, scale, height, width) -> what their bins are made of
 BinsOf = Callable[[Array, Pooling, float, int, int], BinWeights]
+T = TypeVar("T")
+
+LOOKUPS_AHEAD = 2**23  # that are all worked out before the features are touched
 
 
+@on_free_cores
 def align(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     """RoIAlign: the mean of a bin's bilinearly interpolated samples. Tensor[K, C, pooled_height, pooled_width]."""
     return weighted_pool(maps, rois, pooling, sampled_bins)
 
 
+@on_free_cores
 def align_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
     """Gradients of `align` with respect to the maps, of Tensor[K, C, pooled_height, pooled_width] `grad`."""
     return weighted_adjoint(grad, rois, pooling, maps, sampled_bins)
 
 
+@on_free_cores
 def average_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     """The mean of a bin's cells. Tensor[K, C, pooled_height, pooled_width]."""
     return weighted_pool(maps, rois, pooling, cell_bins)
 
 
+@on_free_cores
 def average_pool_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
     """Gradients of `average_pool` with respect to the maps, of Tensor[K, C, pooled_height, pooled_width] `grad`."""
     return weighted_adjoint(grad, rois, pooling, maps, cell_bins)
@@ -47,38 +56,51 @@ def weighted_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling, bins_o
     if output.numel() == 0:
         return output
     assigned = assign(rois, shape.batch, pooling)
-    for own in assigned.levels:
-        bins = bins_of(own.boxes, pooling, pooling.scales[own.level], *shape.sizes[own.level])
-        table, cells = table_of(maps[own.level], own, bins, pooling)
-        pool(table, cells, bins, output, own.places)
+    bins = [bins_of(own.boxes, pooling, pooling.scales[own.level], *shape.sizes[own.level]) for own in assigned.levels]
+    few = lookups_of(bins) <= LOOKUPS_AHEAD
+    work = []
+    for own, of in zip(assigned.levels, bins, strict=True):
+        table = Table.of(maps[own.level], images_of(own), of.window, own_channels(pooling))
+        work.append((table, ahead(sums(table.cells, of, own.places, output.shape[1]), few)))
+    for table, parts in work:
+        pool(table.rows(), parts, output)
     assigned.fill_rest(output)
     return output
-
-
-def table_of(map_: Tensor, own: OnLevel, bins: BinWeights, pooling: Pooling) -> tuple[Tensor, Cells]:
-    """The cells of one map that its RoIs need, as rows."""
-    images = own.boxes[:, 0].astype("int64")
-    each = pooling.bins if pooling.position_sensitive else 1
-    if not lies_in_rows(map_, each):
-        crops = cropped(map_, images, bins.window(), each)
-        if crops is not None:
-            return crops
-    return whole_table(map_, each), whole_cells(images, len(map_), *map_.shape[2:], each)
 
 
 def weighted_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps, bins_of: BinsOf) -> list[Tensor]:
     gradients = [in_large_pages(gradient) for gradient in empty_gradients(grad, maps)]
     if maps.batch * grad.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
+    levels = assign(rois, maps.batch, pooling).levels
+    bins = [bins_of(own.boxes, pooling, pooling.scales[own.level], *maps.sizes[own.level]) for own in levels]
+    few = lookups_of(bins) <= LOOKUPS_AHEAD
+    work = {}
+    for own, of in zip(levels, bins, strict=True):
+        cells = whole_cells(images_of(own), maps.batch, *maps.sizes[own.level], own_channels(pooling))
+        work[own.level] = ahead(by_cell(cells, of, own.places), few)
     terms = gradient_rows(grad)
-    levels = {own.level: own for own in assign(rois, maps.batch, pooling).levels}
     for level, gradient in enumerate(gradients):
-        if level not in levels:
+        if level in work:
+            spread(terms, work[level], gradient, own_channels(pooling))
+        else:
             gradient.zero_()
-            continue
-        own, size = levels[level], maps.sizes[level]
-        bins = bins_of(own.boxes, pooling, pooling.scales[level], *size)
-        each = pooling.bins if pooling.position_sensitive else 1
-        cells = whole_cells(own.boxes[:, 0].astype("int64"), maps.batch, *size, each)
-        spread(terms, cells, bins, gradient, own.places)
     return gradients
+
+
+def images_of(own: OnLevel) -> Array:
+    return own.boxes[:, 0].astype("int64")
+
+
+def own_channels(pooling: Pooling) -> int:
+    """How many bins have channels of their own: a table's rows for each cell."""
+    return pooling.bins if pooling.position_sensitive else 1
+
+
+def lookups_of(bins: Sequence[BinWeights]) -> int:
+    return sum(int(of.sizes.prod(axis=1).sum()) * of.lines[0] * of.lines[1] for of in bins)
+
+
+def ahead(parts: Iterator[T], few: bool) -> Iterator[T] | list[T]:
+    """All parts now where they are few; else each when its turn comes, for their memory."""
+    return list(parts) if few else parts

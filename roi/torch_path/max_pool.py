@@ -17,16 +17,18 @@ from roi._outputs import empty_argmax, empty_gradients, empty_pooled
 from roi._problem import Maps, Pooling
 from roi.torch_path import product
 from roi.torch_path.bins import Bins, Integers, roi_windows, rounded_up
-from roi.torch_path.levels import OnLevel, Rows, assign
+from roi.torch_path.levels import OnLevel, Rows, assign, put, taken
 from roi.torch_path.memory import in_large_pages, scratch
-from roi.torch_path.tables import wide, whole_table
+from roi.torch_path.tables import whole_table, wide
+from roi.torch_path.threads import on_free_cores
 
 CROP_VALUES = 2**20  # that are pooled at once
-PLANE_VALUES = 2**20  # of the gradient that are summed at once
+PLANE_VALUES = 2**21  # of the gradient that are summed at once
 
 
+@on_free_cores
 def max_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
-    """The maximum of each bin, NaN where the bin has one, 0 where it is empty: Tensor[K, C, pooled_height, pooled_width]."""
+    """Tensor[K, C, pooled_height, pooled_width]: the maximum of each bin, NaN where it has one, 0 where it is empty."""
     shape = Maps.of(maps)
     output = in_large_pages(empty_pooled(maps[0], len(rois), shape, pooling))
     if output.numel() == 0:
@@ -43,6 +45,7 @@ def max_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     return output
 
 
+@on_free_cores
 def max_pool_with_argmax(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
     """`max_pool`, and where each maximum is: the cell y·W + x, of the RoI's level, of the first one in the bin.
 
@@ -129,6 +132,7 @@ def crop_side(first: Integers, sizes: Integers, longest: int, limit: int) -> Int
     return np.minimum(cells, limit - 1, out=cells).reshape(len(first), -1)
 
 
+@on_free_cores
 def max_gather(maps: Sequence[Tensor], rois: Tensor, argmax: Tensor, pooling: Pooling) -> Tensor:
     """The values of the maps at the argmax, 0 where there is none: what max pooling is to small changes of the maps."""
     shape = Maps.of(maps)
@@ -145,6 +149,7 @@ def max_gather(maps: Sequence[Tensor], rois: Tensor, argmax: Tensor, pooling: Po
     return output
 
 
+@on_free_cores
 def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
     """The gradient of max pooling: each bin's gradient is added at the bin's argmax, channel by channel.
 
@@ -154,15 +159,23 @@ def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pool
     if maps.batch * grad.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
     levels = {own.level: own for own in assign(rois, maps.batch, pooling).levels}
-    terms, cells = grad.transpose(0, 1), argmax.transpose(0, 1)
-    if terms.stride(0) == 1 < maps.channels:
-        terms = scratch("gradient", terms.shape, grad, grad.dtype).copy_(terms)
+    terms, cells = (by_channel(x, use) for x, use in ((grad, "gradient"), (argmax, "argmax")))
     for level, gradient in enumerate(gradients):
         if level in levels:
             add_at(terms, cells, levels[level], gradient)
         else:
             gradient.zero_()
     return gradients
+
+
+def by_channel(x: Tensor, use: str) -> Tensor:
+    """Tensor[C, K, h, w] of Tensor[K, C, h, w]: a view, or a copy in scratch where the channels lie side by side."""
+    if x.stride(1) != 1 or x.shape[1] == 1:
+        return x.transpose(0, 1)
+    count, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    planes = scratch(use, (channels, len(rows)), x, x.dtype).copy_(rows.t())
+    return planes.view(channels, count, height, width)
 
 
 def add_at(terms: Tensor, argmax: Tensor, own: OnLevel, gradient: Tensor) -> None:
@@ -190,17 +203,3 @@ def at(x: Tensor, places: Rows, dim: int = 0) -> Tensor:
     if isinstance(places, slice):
         return x.narrow(dim, places.start, places.stop - places.start)
     return x.index_select(dim, torch.from_numpy(places).to(x.device))
-
-
-def put(output: Tensor, places: Rows, values: Tensor) -> None:
-    """Tensor[k, h, w, C] as rows of Tensor[K, C, h, w]."""
-    target = output.permute(0, 2, 3, 1)
-    if isinstance(places, slice):
-        target[places].copy_(values)
-    else:
-        target[torch.from_numpy(places).to(output.device)] = values.to(output.dtype)
-
-
-def taken(places: Rows, some: Integers) -> Rows:
-    """The places of some of the RoIs that are at `places`."""
-    return some + places.start if isinstance(places, slice) else places[some]

@@ -1,10 +1,11 @@
-"""Maps as tables: a row of channels for each cell, as channels_last maps lie in memory. What pooling sums up or compares.
+"""Maps as tables, with a row of channels for each cell, as channels_last maps lie in memory.
 
 Where each bin has channels of its own, a cell has a row for each bin.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,14 +33,59 @@ class Cells(NamedTuple):
     bins: int = 1
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """What sums of such elements are computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
+class Table(NamedTuple):
+    """The cells of a map that some RoIs need. It is known which they are before the map is read."""
+
+    map_: Tensor
+    cells: Cells
+    crops: tuple[Array, Array] | None  # of each row the image and the cell; None: all cells of the map
+
+    @classmethod
+    def of(cls, map_: Tensor, images: Array, window: Callable[[], tuple[Array, Array]], bins: int) -> Table:
+        """For RoIs of the images [K], whose windows are the first and the last cell of each: [K, 2] and [K, 2].
+
+        The whole map where it lies as a table in memory, or where to copy it moves less memory than to read each RoI's
+        window. Memory is read in lines, of which the ends of a window's rows use a part only.
+        """
+        batch, _, height, width = map_.shape
+        if not lies_in_rows(map_, bins):
+            first, last = window()
+            sides = last - first + 1
+            lines = int((sides[:, 0] * (sides[:, 1] + LINE_BYTES // map_.element_size())).sum())
+            if lines < batch * height * width:
+                areas = sides.prod(axis=1)
+                ends = areas.cumsum()
+                start = ends - areas - first[:, 0] * sides[:, 1] - first[:, 1]
+                cells = Cells(start, sides[:, 1], int(ends[-1]) * bins, (first, last), bins)
+                return cls(map_, cells, (images.repeat(areas), window_cells(first, sides, width)))
+        return cls(map_, whole_cells(images, batch, height, width, bins), None)
+
+    def rows(self) -> Tensor:
+        """Tensor[rows, C] of float32 or float64."""
+        bins = self.cells.bins
+        if self.crops is None:
+            return whole_table(self.map_, bins)
+        index = [torch.from_numpy(x).to(self.map_.device) for x in self.crops]
+        rows = self.map_.flatten(2).transpose(1, 2)[index[0], index[1]].to(wide(self.map_))
+        return rows if bins == 1 else rows.unflatten(1, (-1, bins)).transpose(1, 2).flatten(0, 1)
 
 
-def cell_view(map_: Tensor, bins: int) -> Tensor:
-    """A view Tensor[N, H, W, bins, C] of Tensor[N, C·bins, H, W]."""
-    return map_.unflatten(1, (map_.shape[1] // bins, bins)).permute(0, 3, 4, 2, 1)
+def window_cells(first: Array, sides: Array, width: int) -> Array:
+    """The cells y·width + x of windows of [K, 2] `sides` that begin at `first`, one window after the other."""
+    areas = sides.prod(axis=1)
+    ends = areas.cumsum()
+    number = np.arange(ends[-1])
+    number -= (ends - areas).repeat(areas)  # of a cell in its window
+    columns = sides[:, 1].repeat(areas)
+    y = number // columns
+    cells: Array = (first[:, 0] * width + first[:, 1]).repeat(areas) + number + y * (width - columns)
+    return cells
+
+
+def whole_cells(images: Array, batch: int, height: int, width: int, bins: int = 1) -> Cells:
+    """The cells of `whole_table`, for RoIs of the images [K]."""
+    start = images * (height * width)
+    return Cells(start, np.full_like(start, width), batch * height * width * bins, None, bins)
 
 
 def whole_table(map_: Tensor, bins: int = 1) -> Tensor:
@@ -50,38 +96,16 @@ def whole_table(map_: Tensor, bins: int = 1) -> Tensor:
     return cells.view(-1, cells.shape[4])
 
 
-def whole_cells(images: Array, batch: int, height: int, width: int, bins: int = 1) -> Cells:
-    """The cells of `whole_table`, for RoIs of the images [K]."""
-    start = images * (height * width)
-    return Cells(start, np.full_like(start, width), batch * height * width * bins, None, bins)
-
-
-def cropped(map_: Tensor, images: Array, window: tuple[Array, Array], bins: int) -> tuple[Tensor, Cells] | None:
-    """A table of the windows of K RoIs, one after the other. None where to copy the whole map moves less memory.
-
-    Memory is read in lines, of which the ends of a window's rows use a part only.
-    """
-    height, width = map_.shape[2:]
-    first, last = window
-    sides = last - first + 1
-    lines = (sides[:, 0] * (sides[:, 1] + LINE_BYTES // map_.element_size())).sum()
-    if lines >= len(map_) * height * width:
-        return None
-    areas = sides.prod(axis=1)
-    ends = areas.cumsum()
-    number = np.arange(ends[-1])
-    number -= (ends - areas).repeat(areas)  # of a cell in its window
-    columns = sides[:, 1].repeat(areas)
-    y = number // columns
-    cells = (first[:, 0] * width + first[:, 1]).repeat(areas) + number + y * (width - columns)
-    index = [torch.from_numpy(x).to(map_.device) for x in (images.repeat(areas), cells)]
-    table = map_.flatten(2).transpose(1, 2)[index[0], index[1]].to(wide(map_))
-    if bins > 1:
-        table = table.unflatten(1, (-1, bins)).transpose(1, 2).flatten(0, 1)
-    start = ends - areas - first[:, 0] * sides[:, 1] - first[:, 1]
-    return table, Cells(start, sides[:, 1], int(ends[-1]) * bins, window, bins)
-
-
 def lies_in_rows(map_: Tensor, bins: int) -> bool:
     """Whether `whole_table` is a view."""
     return map_.dtype == wide(map_) and cell_view(map_, bins).is_contiguous()
+
+
+def cell_view(map_: Tensor, bins: int) -> Tensor:
+    """A view Tensor[N, H, W, bins, C] of Tensor[N, C·bins, H, W]."""
+    return map_.unflatten(1, (map_.shape[1] // bins, bins)).permute(0, 3, 4, 2, 1)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What sums of such elements are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -2,11 +2,14 @@
 
 Pooling sums over a table that has a row of channels for each cell; its adjoint over one that has a row for each bin,
 with the lookups sorted by cell. So every element is a sum in a fixed order, whatever the number of threads.
+
+Lookups are worked out in NumPy, on one thread, and before the features are touched: on a busy machine every change
+between serial and parallel work waits for a core. So the features are read by a few large parallel calls in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from roi._problem import memory_format
-from roi.torch_path.levels import Rows
+from roi.torch_path.levels import Rows, put, taken
 from roi.torch_path.memory import scratch
 from roi.torch_path.tables import Array, Cells, cell_view, wide
 from roi.torch_path.weights import BinWeights, Entries
 
-# Bounds of the memory that is worked on at once. What is read again soon should still be in a cache.
+# Bounds of the memory that is worked on at once.
 LOOKUPS_AT_ONCE = 2**20
 VALUES_AT_ONCE = 2**21
 LOOKUPS_PER_GROUP = 2**15  # that are summed up in the time that it takes to begin with another group of RoIs
@@ -29,36 +31,123 @@ LOOKUPS_PER_GROUP = 2**15  # that are summed up in the time that it takes to beg
 class Lookups(NamedTuple):
     """What the bins of some RoIs sum up."""
 
-    cells: Tensor  # [bins, lookups of each]
-    weights: Tensor  # [bins, lookups of each]
-    empty: Tensor | None  # [bins] of bool: those to be 0 whatever their lookups are
+    rois: Rows
+    rows: Array  # [bins, lookups of each] of the table
+    weights: Array  # [bins, lookups of each]
+    empty: Array | None  # [bins] of bool: those to be 0 whatever their lookups are; None where there is none
 
 
-def pool(table: Tensor, cells: Cells, bins: BinWeights, output: Tensor, places: Rows) -> None:
-    """Fills rows of `output`, Tensor[·, C, h, w], with sums of the rows of Tensor[rows, C] `table`; C > 0.
+class Sums(NamedTuple):
+    """Lookups whose sums are worth a parallel call, and where these go."""
 
-    Args:
-        places: of the K RoIs in `output`.
-    """
-    channels, size = output.shape[1], output.shape[2] * output.shape[3]
-    target = output.permute(0, 2, 3, 1)
-    step = max(1, VALUES_AT_ONCE // (size * channels))
-    for entries_size, rois in groups(bins, size):
-        for some in split(rois, at_once(bins, rois, entries_size, size)):
-            looked_up = lookups(cells, some, bins.entries(some, entries_size), table)
-            for part, those in zip(split(some, step), split_bins(looked_up, step * size), strict=True):
-                sums = bag_sums(table, those).view(-1, *target.shape[1:])
-                place = taken(places, part)
-                if isinstance(place, slice):
-                    target[place].copy_(sums)
-                else:
-                    target[torch.from_numpy(place).to(target.device)] = sums.to(target.dtype)
+    places: Rows
+    rows: Tensor
+    weights: Tensor
+    empty: Tensor | None  # indices
+
+    def of(self, table: Tensor) -> Tensor:
+        """Tensor[bins, C] of Tensor[rows, C]."""
+        rows, weights = self.rows.to(table.device), self.weights.to(table.device, table.dtype)
+        sums = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+        return sums if self.empty is None else sums.index_fill_(0, self.empty.to(table.device), 0)
 
 
-def bag_sums(table: Tensor, looked_up: Lookups) -> Tensor:
-    """Tensor[bins, C] of Tensor[rows, C]."""
-    sums = F.embedding_bag(looked_up.cells, table, mode="sum", per_sample_weights=looked_up.weights)
-    return sums if looked_up.empty is None else sums.index_fill_(0, looked_up.empty.nonzero().flatten(), 0)
+def sums(cells: Cells, bins: BinWeights, places: Rows, channels: int) -> Iterator[Sums]:
+    """What fills the output of the RoIs at `places`, of so many channels."""
+    size = bins.lines[0] * bins.lines[1]
+    step = max(1, VALUES_AT_ONCE // (size * max(channels, 1)))
+    for found in lookups(cells, bins, slice(0, len(bins.sizes))):
+        count = len(found.rows) // size
+        for start in range(0, count, step):
+            some = slice(start * size, min(start + step, count) * size)
+            empty = None if found.empty is None else torch.from_numpy(np.flatnonzero(found.empty[some]))
+            place = taken(places, taken(found.rois, slice(start, min(start + step, count))))
+            yield Sums(place, torch.from_numpy(found.rows[some]), torch.from_numpy(found.weights[some]), empty)
+
+
+def pool(table: Tensor, sums_: Iterator[Sums] | list[Sums], output: Tensor) -> None:
+    """Fills rows of `output`, Tensor[K, C, h, w], with sums of the rows of Tensor[rows, C] `table`."""
+    for part in sums_:
+        put(output, part.places, part.of(table))
+
+
+class Sorted(NamedTuple):
+    """Lookups in the order of their cells: those of row i of the map's table are from offsets[i] to offsets[i + 1]."""
+
+    bins: Tensor
+    weights: Tensor
+    offsets: Tensor
+
+
+def by_cell(cells: Cells, bins: BinWeights, places: Rows) -> Iterator[Sorted]:
+    """What the cells of a whole map get from the bins of the RoIs at `places`, in parts of bounded memory."""
+    size = bins.lines[0] * bins.lines[1]
+    for part in parts_of(size * bins.sizes.prod(axis=1), LOOKUPS_AT_ONCE):
+        row, weight, source = [], [], []
+        for found in lookups(cells, bins, part):
+            own = np.arange(places.start, places.stop)[found.rois] if isinstance(places, slice) else places[found.rois]
+            bin_ = (own[:, None] * size + np.arange(size)).reshape(-1, 1)
+            bin_ = np.broadcast_to(bin_.astype(np.int32 if bin_[-1, 0] < 2**31 else np.int64), found.rows.shape)
+            if found.empty is None:
+                kept = found.rows, found.weights, bin_
+            else:  # no gradient from there, not even NaN
+                kept = found.rows[~found.empty], found.weights[~found.empty], bin_[~found.empty]
+            for all_, x in zip((row, weight, source), kept, strict=True):
+                all_.append(x.ravel())
+        rows, weights, sources = (x[0] if len(x) == 1 else np.concatenate(x) for x in (row, weight, source))
+        order = stable_order(rows)
+        offsets = np.zeros(cells.rows + 1, sources.dtype)
+        np.cumsum(np.bincount(rows, minlength=cells.rows), out=offsets[1:])
+        yield Sorted(*(torch.from_numpy(x) for x in (sources[order], weights[order], offsets)))
+
+
+def stable_order(keys: Array) -> Array:
+    """argsort of integers from 0 on, equal ones in their order: by 16 bits after 16 bits, each in linear time."""
+    order = (keys & 0xFFFF).astype(np.uint16).argsort(kind="stable")
+    for bits in range(16, int(keys.max(initial=0)).bit_length(), 16):
+        order = order[((keys >> bits) & 0xFFFF).astype(np.uint16)[order].argsort(kind="stable")]
+    return order
+
+
+def spread(terms: Tensor, parts: Iterator[Sorted] | list[Sorted], gradient: Tensor, bins: int) -> None:
+    """Fills `gradient`, a map, with the weighted sums of Tensor[K·h·w, C] `terms` that its cells get."""
+    for number, part in enumerate(parts):
+        for target, found in summed(terms, part, gradient, bins):
+            if number == 0:
+                target.zero_() if found is None else target.copy_(found)
+            elif found is not None:
+                target.add_(found)
+
+
+def summed(terms: Tensor, by: Sorted, gradient: Tensor, bins: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The cells of a map in parts of bounded memory: a part's view, and its sums, None if they are 0."""
+    view = cell_view(gradient, bins)
+    images, height, width, _, channels = view.shape
+    per_line = width * bins
+    lines = max(1, VALUES_AT_ONCE // (per_line * channels))
+    several = max(1, lines // height)  # images, where they are small
+    bounds = by.offsets[::per_line].tolist()
+    sources, weights = by.bins.to(terms.device), by.weights.to(terms.device, terms.dtype)
+    offsets = by.offsets.to(terms.device)
+    for image in range(0, images, several):
+        end = min(image + several, images)
+        for y in range(0, height, lines):
+            bottom = min(y + lines, height)
+            target = view[image:end, y:bottom]
+            first, last = image * height + y, (end - 1) * height + bottom
+            start, stop = bounds[first], bounds[last]
+            if start == stop:
+                yield target, None
+                continue
+            found = F.embedding_bag(
+                sources[start:stop],
+                terms,
+                offsets[first * per_line : last * per_line + 1] - start,
+                mode="sum",
+                per_sample_weights=weights[start:stop],
+                include_last_offset=True,
+            )
+            yield target, found.view(target.shape)
 
 
 def gradient_rows(grad: Tensor) -> Tensor:
@@ -69,135 +158,53 @@ def gradient_rows(grad: Tensor) -> Tensor:
     return rows.view(-1, rows.shape[3])
 
 
-def spread(terms: Tensor, cells: Cells, bins: BinWeights, gradient: Tensor, places: Rows) -> None:
-    """Fills `gradient`, a map, with the sum over its bins of every cell: Tensor[K·h·w, C] `terms`, weighted.
-
-    Args:
-        cells: those of the whole map.
-        places: of the RoIs among those of `terms`.
-    """
+def lookups(cells: Cells, bins: BinWeights, part: slice) -> Iterator[Lookups]:
+    """Those of the RoIs of a slice, in parts of bounded memory."""
     size = bins.lines[0] * bins.lines[1]
-    for number, part in enumerate(parts_of(size * bins.sizes.prod(axis=1), LOOKUPS_AT_ONCE)):
-        sorted_ = by_cell(terms, cells, bins, part, places)
-        for target, sums in summed(terms, sorted_, gradient, cells.bins):
-            if sums is None:
-                if number == 0:
-                    target.zero_()
-            elif number == 0:
-                target.copy_(sums)
-            else:
-                target.add_(sums)
+    for entries_size, rois in groups(bins, part):
+        rows, columns = entries_size
+        step = max(1, LOOKUPS_AT_ONCE // max(size * rows * columns, bins.numbers(rois, entries_size)))
+        for some in split(rois, step):
+            yield combined(cells, some, bins.entries(some, entries_size))
 
 
-class Sorted(NamedTuple):
-    """Lookups in the order of their cells: those of cell i are from offsets[i] to offsets[i + 1]."""
-
-    sources: Tensor
-    weights: Tensor
-    offsets: Tensor
-
-
-def by_cell(terms: Tensor, cells: Cells, bins: BinWeights, part: slice, places: Rows) -> Sorted:
-    """What the cells get from the RoIs of a slice."""
-    cell, weight, source = [], [], []
-    size = bins.lines[0] * bins.lines[1]
-    for entries_size, rois in groups(bins, size, part):
-        for some in split(rois, at_once(bins, rois, entries_size, size)):
-            found = lookups(cells, some, bins.entries(some, entries_size), terms)
-            own = np.arange(places.start, places.stop)[some] if isinstance(places, slice) else places[some]
-            bin_ = (own[:, None] * size + np.arange(size)).astype(np.int32 if len(terms) < 2**31 else np.int64)
-            sources = torch.from_numpy(bin_).to(terms.device).view(-1, 1).expand_as(found.cells)
-            if found.empty is None:
-                kept = (found.cells, found.weights, sources)
-            else:  # no gradient from there, not even NaN
-                kept = tuple(x[~found.empty] for x in (found.cells, found.weights, sources))
-            for list_, x in zip((cell, weight, source), kept, strict=True):
-                list_.append(x.flatten())
-    all_cells, weights, sources = (x[0] if len(x) == 1 else torch.cat(x) for x in (cell, weight, source))
-    order = all_cells.argsort(stable=True)
-    offsets = sources.new_zeros(cells.rows + 1)
-    torch.cumsum(torch.bincount(all_cells, minlength=cells.rows), 0, out=offsets[1:])
-    return Sorted(sources.index_select(0, order), weights.index_select(0, order), offsets)
-
-
-def summed(terms: Tensor, by: Sorted, gradient: Tensor, bins: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The cells of a map in parts that memory is found for again: the part's view, its sums, None if they are 0."""
-    view = cell_view(gradient, bins)
-    images, height, width, _, channels = view.shape
-    per_line = width * bins
-    lines = max(1, VALUES_AT_ONCE // (per_line * channels))
-    several = max(1, lines // height)  # images that are small
-    lines = min(lines, height)
-    bounds = by.offsets[:: per_line].tolist()
-    for image in range(0, images, several):
-        end = min(image + several, images)
-        for y in range(0, height, lines):
-            bottom = min(y + lines, height)
-            target = view[image:end, y:bottom]
-            first = image * height + y
-            last = (end - 1) * height + bottom
-            start, stop = bounds[first], bounds[last]
-            if start == stop:
-                yield target, None
-                continue
-            offsets = by.offsets[first * per_line : last * per_line + 1] - start
-            sums = F.embedding_bag(
-                by.sources[start:stop],
-                terms,
-                offsets,
-                mode="sum",
-                per_sample_weights=by.weights[start:stop],
-                include_last_offset=True,
-            )
-            yield target, sums.view(target.shape)
-
-
-def lookups(cells: Cells, rois: Rows, entries: Entries, table: Tensor) -> Lookups:
-    """Those of some RoIs, on the device of `table`, their weights in its dtype."""
+def combined(cells: Cells, rois: Rows, entries: Entries) -> Lookups:
+    """Every row of a bin with every column."""
     rows, columns = entries.rows, entries.columns
     if cells.window is not None:
         first, last = (side[rois].T[:, :, None, None] for side in cells.window)
         rows, columns = np.clip(rows, first[0], last[0]), np.clip(columns, first[1], last[1])
-    index = np.int32 if cells.rows < 2**31 else np.int64
     rows = rows.astype(np.int64) * cells.stride[rois, None, None] + cells.start[rois, None, None]
     if cells.bins > 1:
         height, width = rows.shape[1], columns.shape[1]
         rows = rows * cells.bins + np.arange(0, height * width, width)[:, None]
         columns = columns * cells.bins + np.arange(width)[:, None]
+    index = np.int32 if cells.rows < 2**31 else np.int64
+    # Both sides are brought to all pairs of entries first: the inner loop of the broadcast is then that long.
+    count, (e, f) = len(rows), (rows.shape[2], columns.shape[2])
 
-    def moved(x: Array) -> Tensor:
-        return torch.from_numpy(x).to(table.device)
+    def of_row(x: Array) -> Array:
+        return x.repeat(f, axis=2)[:, :, None]
 
-    number = outer(torch.add, moved(rows.astype(index)), moved(columns.astype(index)))
-    factors = moved(entries.row_weights).to(table.dtype), moved(entries.column_weights).to(table.dtype)
-    empty = None if entries.empty is None else moved(entries.empty.reshape(-1))
-    return Lookups(number, outer(torch.mul, *factors), empty)
+    def of_column(x: Array) -> Array:
+        return np.tile(x, e)[:, None]
 
-
-def outer(combine: Callable[[Tensor, Tensor], Tensor], rows: Tensor, columns: Tensor) -> Tensor:
-    """Every row entry with every column entry, bin by bin: Tensor[G·h·w, E·F] of Tensor[G, h, E] and Tensor[G, w, F].
-
-    Both are brought to E·F first: the inner loop of the broadcast is then that long.
-    """
-    (count, height, e), (_, width, f) = rows.shape, columns.shape
-    rows = rows[..., None].expand(-1, -1, -1, f).reshape(count, height, 1, e * f)
-    columns = columns[:, :, None].expand(-1, -1, e, -1).reshape(count, 1, width, e * f)
-    return combine(rows, columns).reshape(-1, e * f)
+    number = of_row(rows.astype(index)) + of_column(columns.astype(index))
+    weight = of_row(entries.row_weights) * of_column(entries.column_weights)
+    size = count * rows.shape[1] * columns.shape[1]
+    empty = None if entries.empty is None else entries.empty.reshape(-1)
+    return Lookups(rois, number.reshape(size, e * f), weight.reshape(size, e * f), empty)
 
 
-def groups(bins: BinWeights, size: int, part: slice | None = None) -> list[tuple[tuple[int, int], Rows]]:
-    """The RoIs of a slice by the size of their entries: (size, RoIs). Of a few ways to do it, the one of least work.
-
-    Args:
-        size: bins of a RoI.
-    """
-    part = part or slice(0, len(bins.sizes))
+def groups(bins: BinWeights, part: slice) -> list[tuple[tuple[int, int], Rows]]:
+    """The RoIs of a slice by the size of their entries: (size, RoIs). Of a few ways to do it, the one of least work."""
     sizes = bins.sizes[part]
     if (sizes == sizes[0]).all():
         return [((int(sizes[0, 0]), int(sizes[0, 1])), part)]
     octave = np.frexp(sizes)[1].astype(np.int64)
     ways = [grouped(key[:, 0] * 2**31 + key[:, 1], sizes) for key in (sizes, octave, octave // 2)]
     ways.append([(sizes.max(axis=0), np.arange(len(sizes)))])
+    size = bins.lines[0] * bins.lines[1]
     way = min(ways, key=lambda way: sum(LOOKUPS_PER_GROUP + size * len(rois) * most.prod() for most, rois in way))
     return [((int(rows), int(columns)), rois + part.start) for (rows, columns), rois in way]
 
@@ -217,19 +224,6 @@ def parts_of(cost: Array, limit: int) -> Iterator[slice]:
         yield slice(start, stop)
 
 
-def at_once(bins: BinWeights, rois: Rows, entries_size: tuple[int, int], size: int) -> int:
-    """How many of some RoIs, of one group, to work out the lookups of together."""
-    rows, columns = entries_size
-    return max(1, LOOKUPS_AT_ONCE // max(size * rows * columns, bins.numbers(rois, entries_size)))
-
-
-def taken(rois: Rows, some: Rows) -> Rows:
-    """Those of some RoIs that are at `some` places among them."""
-    if isinstance(rois, slice):
-        return slice(rois.start + some.start, rois.start + some.stop) if isinstance(some, slice) else rois.start + some
-    return rois[some]
-
-
 def split(rois: Rows, step: int) -> Iterator[Rows]:
     if isinstance(rois, slice):
         for start in range(rois.start, rois.stop, step):
@@ -237,10 +231,3 @@ def split(rois: Rows, step: int) -> Iterator[Rows]:
     else:
         for start in range(0, len(rois), step):
             yield rois[start : start + step]
-
-
-def split_bins(looked_up: Lookups, step: int) -> Iterator[Lookups]:
-    for start in range(0, len(looked_up.cells), step):
-        some = slice(start, start + step)
-        empty = None if looked_up.empty is None else looked_up.empty[some]
-        yield Lookups(looked_up.cells[some], looked_up.weights[some], empty)

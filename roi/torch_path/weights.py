@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
 from roi._problem import Pooling
 from roi.torch_path.bins import MAX_CELL, bin_edges, roi_windows, rounded_up
 from roi.torch_path.levels import Rows
@@ -225,4 +226,3 @@ def line_constants(
     place = np.array([*range(pooled_height), *range(pooled_width)], dtype=dtype)
     bins, sides = np.array([[pooled_height, pooled_width], [height, width]], dtype=dtype)
     return axis, place, bins, sides[axis]
-

@@ -1,0 +1,116 @@
+"""As many threads as there are cores to run them.
+
+A parallel call of PyTorch ends when its slowest thread ends. Where another process keeps a core busy, that thread waits
+for its turn, for some milliseconds in every call, while the others wait for it. Fewer threads are faster then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Seconds. A parallel call without work takes some ten microseconds where every thread has a core; the turn of another
+# process takes a few milliseconds.
+STALL = 1e-3
+REMEMBERED = 20  # times what it took to find out, so that finding out costs a twentieth of the time
+SMALL = 2**17  # values: with less, calls are hardly parallel
+GRAIN = 2**15  # elements that PyTorch gives to a thread at least
+
+
+def on_free_cores(
+    function: Callable[Concatenate[Any, P], R],
+) -> Callable[Concatenate[Any, P], R]:
+    """Run a function, whose first argument is a tensor or a list of some, on threads that do not wait for a core."""
+
+    @functools.wraps(function)
+    def call(first: Tensor | Sequence[Tensor], *args: P.args, **kwargs: P.kwargs) -> R:
+        features = [first] if isinstance(first, Tensor) else first
+        if features[0].device.type != "cpu" or sum(x.numel() for x in features) < SMALL:
+            return function(first, *args, **kwargs)
+        usual = torch.get_num_threads()
+        threads = free_cores(usual)
+        if threads == usual:
+            return function(first, *args, **kwargs)
+        _set_threads(threads)
+        try:
+            return function(first, *args, **kwargs)
+        finally:
+            _set_threads(usual)
+
+    return call
+
+
+class _Known(threading.local):
+    """What this thread found out: how many threads have a core, and until when that is believed."""
+
+    usual = 0
+    threads = 0
+    until = 0.0
+
+
+_known = _Known()
+
+
+def free_cores(usual: int) -> int:
+    """How many of this thread's usual number of threads run at once: all, all but one, half of them or one."""
+    if usual == 1 or _set_threads is None:
+        return usual
+    start = time.perf_counter()
+    if _known.usual == usual and start < _known.until:
+        return _known.threads
+    threads = usual
+    for fewer in (usual - 1, usual // 2, 1):
+        # Twice, since the first call may have had to start the threads.
+        if not (stalls(threads) and stalls(threads)):
+            break
+        threads = max(1, min(threads, fewer))
+        _set_threads(threads)
+        if threads == 1:
+            break
+    if threads != usual:
+        _set_threads(usual)
+    end = time.perf_counter()
+    _known.usual, _known.threads, _known.until = usual, threads, end + REMEMBERED * (end - start)
+    return threads
+
+
+def stalls(threads: int) -> bool:
+    """Whether a parallel call without work waits for a core."""
+    start = time.perf_counter()
+    torch.empty(threads * GRAIN, dtype=torch.uint8).zero_()
+    return time.perf_counter() - start > STALL
+
+
+def _find_set_threads() -> Callable[[int], None] | None:
+    """OpenMP's own function, for the calling thread. torch.set_num_threads would be for threads to come as well.
+
+    None where the library is not found, or is not what PyTorch runs on: then all threads are used, always.
+    """
+    names = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("*omp*")]
+    for name in (*names, "libgomp.so.1", "libiomp5.so", "libomp.so"):
+        try:
+            set_threads: Callable[[int], None] = ctypes.CDLL(name, mode=os.RTLD_NOLOAD).omp_set_num_threads
+        except (OSError, AttributeError):
+            continue
+        usual = torch.get_num_threads()
+        set_threads(usual + 1)
+        works = torch.get_num_threads() == usual + 1
+        set_threads(usual)
+        if works:
+            return set_threads
+    return None
+
+
+_set_threads = _find_set_threads()
