@@ -6,8 +6,8 @@ memory format of the first map. Inside there is one layout: the cells of a map a
 maps lie in memory; others are copied to it first.
 """
 
+from roi.torch_path.adaptive import max_gather, max_gather_adjoint, max_pool, max_pool_with_argmax
 from roi.torch_path.linear import align, align_adjoint, average_pool, average_pool_adjoint
-from roi.torch_path.max_pool import max_gather, max_gather_adjoint, max_pool, max_pool_with_argmax
 
 __all__ = [
     "align",

@@ -87,6 +87,13 @@ class Bins(NamedTuple):
         """Those of some RoIs."""
         return Bins(*(side[rois] for side in self))
 
+    def window(self) -> tuple[Integers, Integers]:
+        """The first and the last cell (y, x) of each RoI on the map, [K, 2] each; of one off the map any."""
+        first = np.stack([self.top[:, 0], self.left[:, 0]], axis=1)
+        end = np.stack([(self.top + self.heights).max(axis=1), (self.left + self.widths).max(axis=1)], axis=1)
+        last = np.maximum(end - 1, 0)
+        return np.minimum(first, last), last
+
     def cells_read(self) -> Integers:
         """[K]: how many cells the bins of each RoI have together."""
         cells: Integers = self.heights.sum(axis=1) * self.widths.sum(axis=1)

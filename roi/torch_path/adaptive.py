@@ -19,7 +19,7 @@ from roi.torch_path import product
 from roi.torch_path.bins import Bins, Integers, roi_windows, rounded_up
 from roi.torch_path.levels import OnLevel, Rows, assign, put, taken
 from roi.torch_path.memory import in_large_pages, scratch
-from roi.torch_path.tables import whole_table, wide
+from roi.torch_path.tables import Table, whole_table, wide
 from roi.torch_path.threads import on_free_cores
 
 CROP_VALUES = 2**20  # that are pooled at once
@@ -60,7 +60,8 @@ def max_pool_with_argmax(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling)
     for own in assigned.levels:
         map_, bins = maps[own.level], bins_of(own, pooling, shape)
         if product.serves_argmax(map_, bins):
-            product.argmaxima(map_, bins, output, argmax, own.places)
+            product.maxima(map_, bins, output, own.places)
+            product.argmaxima(map_, bins, argmax, own.places)
         else:
             for part in pooled(map_, bins):
                 places = taken(own.places, part.rois)
@@ -107,7 +108,8 @@ def pooled(map_: Tensor, bins: Bins) -> Iterator[Pooled]:
     """
     channels, height, width = map_.shape[1:]
     size = bins.pooled_size
-    cells_of_map = map_.flatten(2).transpose(1, 2)  # [N, cells, C]
+    table = Table.of(map_, bins.image, bins.window, 1)
+    rows, first, stride = table.rows(), table.cells.start, table.cells.stride
     heights, widths = rounded_up(bins.heights.max(axis=1)), rounded_up(bins.widths.max(axis=1))
     for tallest, widest in np.unique(np.stack([heights, widths], axis=1), axis=0).tolist():
         alike = np.flatnonzero((heights == tallest) & (widths == widest))
@@ -116,13 +118,14 @@ def pooled(map_: Tensor, bins: Bins) -> Iterator[Pooled]:
             rois = alike[start : start + step]
             y = crop_side(bins.top[rois], bins.heights[rois], tallest, height)
             x = crop_side(bins.left[rois], bins.widths[rois], widest, width)
-            cells = torch.from_numpy(y[:, :, None] * width + x[:, None, :]).to(map_.device)
-            image = torch.from_numpy(bins.image[rois, None, None]).to(map_.device)
-            crops = cells_of_map[image, cells].permute(0, 3, 1, 2).to(wide(map_))
+            cells = torch.from_numpy(y[:, :, None] * width + x[:, None, :])
+            row = (first[rois, None] + y * stride[rois, None])[:, :, None] + x[:, None, :]
+            crops = rows.index_select(0, torch.from_numpy(row.reshape(-1)).to(rows.device))
+            crops = crops.view(*row.shape, channels).permute(0, 3, 1, 2)
             maximum, index = F.adaptive_max_pool2d(crops, size, return_indices=True)
             empty = bins.narrow(rois).empty()
             off_map = torch.from_numpy(empty[..., None]).to(map_.device) if empty.any() else None
-            yield Pooled(rois, maximum, index, cells.flatten(1), off_map)
+            yield Pooled(rois, maximum, index, cells.flatten(1).to(rows.device), off_map)
 
 
 def crop_side(first: Integers, sizes: Integers, longest: int, limit: int) -> Integers:
@@ -186,12 +189,26 @@ def add_at(terms: Tensor, argmax: Tensor, own: OnLevel, gradient: Tensor) -> Non
     first = first_cells(own, height * width + 1)[:, 0].add_(1).to(gradient.device)
     bins = len(first) * terms.shape[2] * terms.shape[3]
     step = max(1, PLANE_VALUES // max(bins, planes[0].numel()))
+    indices = scratch("index", (step, bins), gradient, torch.int64)
+    values = scratch("values", (step, bins), gradient, planes.dtype)
     for channel in range(0, channels, step):
         some = slice(channel, channel + step)
-        index = (at(argmax[some], own.places, dim=1) + first).flatten(1)
-        values = at(terms[some], own.places, dim=1).to(planes.dtype).flatten(1)
-        planes[some].zero_().flatten(1).scatter_add_(1, index, values)
+        total = planes[some].flatten(1)
+        shape = (len(total), len(first), *terms.shape[2:])
+        index = torch.add(at(argmax[some], own.places, dim=1), first, out=indices[: len(total)].view(shape))
+        value = values[: len(total)].view(shape).copy_(at(terms[some], own.places, dim=1))
+        add_to(total, index.flatten(1), value.flatten(1))
     gradient.copy_(planes[:, :, 1:].unflatten(2, (height, width)).transpose(0, 1))
+
+
+def add_to(planes: Tensor, index: Tensor, values: Tensor) -> None:
+    """Fills Tensor[C, cells] with the sums of the values, Tensor[C, K], that have each cell's index."""
+    if planes.device.type == "cpu":
+        # The gradient of max pooling adds whatever indices it is given, and does so on all threads.
+        tall = (x[None, ..., None] for x in (values, planes, index))
+        torch.ops.aten.adaptive_max_pool2d_backward.grad_input(*tall, grad_input=planes[None, ..., None])
+    else:
+        planes.zero_().scatter_add_(1, index, values)
 
 
 def first_cells(own: OnLevel, cells: int) -> Tensor:
