@@ -9,6 +9,7 @@ derivatives are those of reading the maps at the argmax.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -47,9 +48,9 @@ class Family(NamedTuple):
     pyramid: bool = False
 
     def pooling(self, options: Sequence[Any]) -> Pooling:
-        fields = dict(zip((option.split()[1] for option in self.options), options, strict=True))
-        scales = fields.pop("scales") if self.pyramid else [fields.pop("spatial_scale")]
-        return Pooling(scales=tuple(scales), **fields, **dict(self.fixed))
+        scales = tuple(options[0]) if self.pyramid else (options[0],)
+        fields = zip(names_of(self.options)[1:], options[1:], strict=True)
+        return Pooling(scales, **dict(fields), **dict(self.fixed))
 
     def maps(self, input: Tensor | list[Tensor]) -> list[Tensor]:
         """What an operator takes or returns as maps, as a list."""
@@ -70,6 +71,11 @@ class Family(NamedTuple):
         batch, channels, heights, widths, channels_last = shape
         sides = (tuple(heights), tuple(widths)) if self.pyramid else ((heights,), (widths,))
         return Maps(batch, channels, *sides, channels_last)
+
+
+@lru_cache
+def names_of(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(argument.split()[1] for argument in arguments)
 
 
 def linear(family: Family, name: str, adjoint_name: str, path: str, *tensors: str) -> _autograd.Pair:

@@ -20,13 +20,12 @@ from roi.torch_path.bins import Bins, Integers, roi_windows, rounded_up
 from roi.torch_path.levels import OnLevel, Rows, assign, put, taken
 from roi.torch_path.memory import in_large_pages, scratch
 from roi.torch_path.tables import Table, whole_table, wide
-from roi.torch_path.threads import on_free_cores
+from roi.torch_path.threads import enough_threads
 
 CROP_VALUES = 2**20  # that are pooled at once
 PLANE_VALUES = 2**21  # of the gradient that are summed at once
 
 
-@on_free_cores
 def max_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     """Tensor[K, C, pooled_height, pooled_width]: the maximum of each bin, NaN where it has one, 0 where it is empty."""
     shape = Maps.of(maps)
@@ -34,18 +33,18 @@ def max_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     if output.numel() == 0:
         return output
     assigned = assign(rois, shape.batch, pooling)
-    for own in assigned.levels:
-        map_, bins = maps[own.level], bins_of(own, pooling, shape)
-        if product.serves(map_, bins):
-            product.maxima(map_, bins, output, own.places)
-        else:
-            for part in pooled(map_, bins):
-                put(output, taken(own.places, part.rois), part.values())
+    with enough_threads(output, output.numel()):
+        for own in assigned.levels:
+            map_, bins = maps[own.level], bins_of(own, pooling, shape)
+            if product.serves(map_, bins):
+                product.maxima(map_, bins, output, own.places)
+            else:
+                for part in pooled(map_, bins):
+                    put(output, taken(own.places, part.rois), part.values())
     assigned.fill_rest(output)
     return output
 
 
-@on_free_cores
 def max_pool_with_argmax(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
     """`max_pool`, and where each maximum is: the cell y·W + x, of the RoI's level, of the first one in the bin.
 
@@ -57,19 +56,21 @@ def max_pool_with_argmax(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling)
     if output.numel() == 0:
         return output, argmax
     assigned = assign(rois, shape.batch, pooling)
-    for own in assigned.levels:
-        map_, bins = maps[own.level], bins_of(own, pooling, shape)
-        if product.serves_argmax(map_, bins):
-            product.maxima(map_, bins, output, own.places)
-            product.argmaxima(map_, bins, argmax, own.places)
-        else:
-            for part in pooled(map_, bins):
-                places = taken(own.places, part.rois)
-                put(output, places, part.values())
-                put(argmax, places, part.cells())
+    with enough_threads(output, output.numel()):
+        for own in assigned.levels:
+            map_, bins = maps[own.level], bins_of(own, pooling, shape)
+            if product.serves_argmax(map_, bins):
+                product.maxima(map_, bins, output, own.places)
+                product.argmaxima(map_, bins, argmax, own.places)
+            else:
+                for part in pooled(map_, bins):
+                    places = taken(own.places, part.rois)
+                    put(output, places, part.values())
+                    put(argmax, places, part.cells())
     assigned.fill_rest(output)
     for rows in (assigned.on_none, assigned.invalid):
-        argmax[torch.from_numpy(rows).to(argmax.device)] = -1
+        if len(rows):
+            argmax[torch.from_numpy(rows).to(argmax.device)] = -1
     return output, argmax
 
 
@@ -111,7 +112,7 @@ def pooled(map_: Tensor, bins: Bins) -> Iterator[Pooled]:
     table = Table.of(map_, bins.image, bins.window, 1)
     rows, first, stride = table.rows(), table.cells.start, table.cells.stride
     heights, widths = rounded_up(bins.heights.max(axis=1)), rounded_up(bins.widths.max(axis=1))
-    for tallest, widest in np.unique(np.stack([heights, widths], axis=1), axis=0).tolist():
+    for tallest, widest in sorted(set(zip(heights.tolist(), widths.tolist(), strict=True))):
         alike = np.flatnonzero((heights == tallest) & (widths == widest))
         step = max(1, CROP_VALUES // (size[0] * tallest * size[1] * widest * max(channels, 1)))
         for start in range(0, len(alike), step):
@@ -135,7 +136,6 @@ def crop_side(first: Integers, sizes: Integers, longest: int, limit: int) -> Int
     return np.minimum(cells, limit - 1, out=cells).reshape(len(first), -1)
 
 
-@on_free_cores
 def max_gather(maps: Sequence[Tensor], rois: Tensor, argmax: Tensor, pooling: Pooling) -> Tensor:
     """The values of the maps at the argmax, 0 where there is none: what max pooling is to small changes of the maps."""
     shape = Maps.of(maps)
@@ -152,7 +152,6 @@ def max_gather(maps: Sequence[Tensor], rois: Tensor, argmax: Tensor, pooling: Po
     return output
 
 
-@on_free_cores
 def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
     """The gradient of max pooling: each bin's gradient is added at the bin's argmax, channel by channel.
 
@@ -162,12 +161,13 @@ def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pool
     if maps.batch * grad.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
     levels = {own.level: own for own in assign(rois, maps.batch, pooling).levels}
-    terms, cells = (by_channel(x, use) for x, use in ((grad, "gradient"), (argmax, "argmax")))
-    for level, gradient in enumerate(gradients):
-        if level in levels:
-            add_at(terms, cells, levels[level], gradient)
-        else:
-            gradient.zero_()
+    with enough_threads(grad, grad.numel() + sum(gradient.numel() for gradient in gradients)):
+        terms, cells = (by_channel(x, use) for x, use in ((grad, "gradient"), (argmax, "argmax")))
+        for level, gradient in enumerate(gradients):
+            if level in levels:
+                add_at(terms, cells, levels[level], gradient)
+            else:
+                gradient.zero_()
     return gradients
 
 
@@ -185,7 +185,7 @@ def add_at(terms: Tensor, argmax: Tensor, own: OnLevel, gradient: Tensor) -> Non
     """Fills `gradient`, Tensor[N, C, H, W], with the `terms` at its cells `argmax`, Tensor[C, K, h, w] each."""
     images, channels, height, width = gradient.shape
     # Before the cells of each image there is one that takes the gradients of empty bins.
-    planes = scratch("planes", (channels, images, height * width + 1), gradient, wide(gradient))
+    planes = scratch("maps", (channels, images, height * width + 1), gradient, wide(gradient))
     first = first_cells(own, height * width + 1)[:, 0].add_(1).to(gradient.device)
     bins = len(first) * terms.shape[2] * terms.shape[3]
     step = max(1, PLANE_VALUES // max(bins, planes[0].numel()))

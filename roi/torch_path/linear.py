@@ -15,7 +15,7 @@ from roi._problem import Maps, Pooling
 from roi.torch_path.levels import OnLevel, assign
 from roi.torch_path.memory import in_large_pages
 from roi.torch_path.tables import Array, Table, whole_cells
-from roi.torch_path.threads import on_free_cores
+from roi.torch_path.threads import enough_threads
 from roi.torch_path.weighted_sums import by_cell, gradient_rows, pool, spread, sums
 from roi.torch_path.weights import BinWeights, cell_bins, sampled_bins
 
@@ -26,25 +26,21 @@ T = TypeVar("T")
 LOOKUPS_AHEAD = 2**23  # that are all worked out before the features are touched
 
 
-@on_free_cores
 def align(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     """RoIAlign: the mean of a bin's bilinearly interpolated samples. Tensor[K, C, pooled_height, pooled_width]."""
     return weighted_pool(maps, rois, pooling, sampled_bins)
 
 
-@on_free_cores
 def align_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
     """Gradients of `align` with respect to the maps, of Tensor[K, C, pooled_height, pooled_width] `grad`."""
     return weighted_adjoint(grad, rois, pooling, maps, sampled_bins)
 
 
-@on_free_cores
 def average_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     """The mean of a bin's cells. Tensor[K, C, pooled_height, pooled_width]."""
     return weighted_pool(maps, rois, pooling, cell_bins)
 
 
-@on_free_cores
 def average_pool_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
     """Gradients of `average_pool` with respect to the maps, of Tensor[K, C, pooled_height, pooled_width] `grad`."""
     return weighted_adjoint(grad, rois, pooling, maps, cell_bins)
@@ -62,8 +58,9 @@ def weighted_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling, bins_o
     for own, of in zip(assigned.levels, bins, strict=True):
         table = Table.of(maps[own.level], images_of(own), of.window, own_channels(pooling))
         work.append((table, ahead(sums(table.cells, of, own.places, output.shape[1]), few)))
-    for table, parts in work:
-        pool(table.rows(), parts, output)
+    with enough_threads(output, output.numel()):
+        for table, parts in work:
+            pool(table.rows(), parts, output)
     assigned.fill_rest(output)
     return output
 
@@ -79,12 +76,13 @@ def weighted_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps, b
     for own, of in zip(levels, bins, strict=True):
         cells = whole_cells(images_of(own), maps.batch, *maps.sizes[own.level], own_channels(pooling))
         work[own.level] = ahead(by_cell(cells, of, own.places), few)
-    terms = gradient_rows(grad)
-    for level, gradient in enumerate(gradients):
-        if level in work:
-            spread(terms, work[level], gradient, own_channels(pooling))
-        else:
-            gradient.zero_()
+    with enough_threads(grad, grad.numel() + sum(gradient.numel() for gradient in gradients)):
+        terms = gradient_rows(grad)
+        for level, gradient in enumerate(gradients):
+            if level in work:
+                spread(terms, work[level], gradient, own_channels(pooling))
+            else:
+                gradient.zero_()
     return gradients
 
 

@@ -103,9 +103,11 @@ def lies_in_rows(map_: Tensor, bins: int) -> bool:
 
 def cell_view(map_: Tensor, bins: int) -> Tensor:
     """A view Tensor[N, H, W, bins, C] of Tensor[N, C·bins, H, W]."""
+    if bins == 1:
+        return map_.permute(0, 2, 3, 1).unsqueeze(3)
     return map_.unflatten(1, (map_.shape[1] // bins, bins)).permute(0, 3, 4, 2, 1)
 
 
 def wide(x: Tensor) -> torch.dtype:
     """What sums of such elements are computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -7,49 +7,41 @@ for its turn, for some milliseconds in every call, while the others wait for it.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # Seconds. A parallel call without work takes some ten microseconds where every thread has a core; the turn of another
 # process takes a few milliseconds.
 STALL = 1e-3
 REMEMBERED = 20  # times what it took to find out, so that finding out costs a twentieth of the time
-SMALL = 2**17  # values: with less, calls are hardly parallel
+SMALL = 2**17  # values that one thread is done with before others have begun
 GRAIN = 2**15  # elements that PyTorch gives to a thread at least
 
 
-def on_free_cores(
-    function: Callable[Concatenate[Any, P], R],
-) -> Callable[Concatenate[Any, P], R]:
-    """Run a function, whose first argument is a tensor or a list of some, on threads that do not wait for a core."""
+@contextmanager
+def enough_threads(features: Tensor, values: int) -> Iterator[None]:
+    """Work on so many values on threads that do not wait for a core: on one, where there is little to do.
 
-    @functools.wraps(function)
-    def call(first: Tensor | Sequence[Tensor], *args: P.args, **kwargs: P.kwargs) -> R:
-        features = [first] if isinstance(first, Tensor) else first
-        if features[0].device.type != "cpu" or sum(x.numel() for x in features) < SMALL:
-            return function(first, *args, **kwargs)
-        usual = torch.get_num_threads()
-        threads = free_cores(usual)
-        if threads == usual:
-            return function(first, *args, **kwargs)
-        _set_threads(threads)
-        try:
-            return function(first, *args, **kwargs)
-        finally:
-            _set_threads(usual)
-
-    return call
+    Args:
+        features: decides the device; only the CPU has such threads.
+    """
+    usual = torch.get_num_threads()
+    if _set_threads is None or usual == 1 or features.device.type != "cpu":
+        yield
+        return
+    threads = free_cores(usual) if values >= SMALL else 1
+    _set_threads(threads)
+    try:
+        yield
+    finally:
+        _set_threads(usual)
 
 
 class _Known(threading.local):
@@ -65,8 +57,7 @@ _known = _Known()
 
 def free_cores(usual: int) -> int:
     """How many of this thread's usual number of threads run at once: all, all but one, half of them or one."""
-    if usual == 1 or _set_threads is None:
-        return usual
+    assert _set_threads is not None
     start = time.perf_counter()
     if _known.usual == usual and start < _known.until:
         return _known.threads

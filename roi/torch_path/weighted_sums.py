@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from roi.torch_path.levels import Rows, put, taken
 from roi.torch_path.memory import scratch
@@ -48,7 +47,9 @@ class Sums(NamedTuple):
     def of(self, table: Tensor) -> Tensor:
         """Tensor[bins, C] of Tensor[rows, C]."""
         rows, weights = self.rows.to(table.device), self.weights.to(table.device, table.dtype)
-        sums = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+        each = rows.shape[1]
+        offsets = torch.arange(0, rows.numel() + 1, each, dtype=rows.dtype, device=rows.device)
+        sums = weighted_bags(table, rows.view(-1), weights.view(-1), offsets)
         return sums if self.empty is None else sums.index_fill_(0, self.empty.to(table.device), 0)
 
 
@@ -139,15 +140,19 @@ def summed(terms: Tensor, by: Sorted, gradient: Tensor, bins: int) -> Iterator[t
             if start == stop:
                 yield target, None
                 continue
-            found = F.embedding_bag(
-                sources[start:stop],
-                terms,
-                offsets[first * per_line : last * per_line + 1] - start,
-                mode="sum",
-                per_sample_weights=weights[start:stop],
-                include_last_offset=True,
-            )
+            part = offsets[first * per_line : last * per_line + 1] - start
+            found = weighted_bags(terms, sources[start:stop], weights[start:stop], part)
             yield target, found.view(target.shape)
+
+
+def weighted_bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Tensor[bags, C] of Tensor[R, C] `table`: bag i is the weighted sum of the rows from offsets[i] to offsets[i + 1].
+
+    `embedding_bag` without what torch.nn.functional checks, which takes longer than a small sum.
+    """
+    mode_sum, include_last_offset = 0, True
+    found: Tensor = torch.embedding_bag(table, rows, offsets, False, mode_sum, False, weights, include_last_offset)[0]
+    return found
 
 
 def gradient_rows(grad: Tensor) -> Tensor:
@@ -187,7 +192,7 @@ def combined(cells: Cells, rois: Rows, entries: Entries) -> Lookups:
         return x.repeat(f, axis=2)[:, :, None]
 
     def of_column(x: Array) -> Array:
-        return np.tile(x, e)[:, None]
+        return np.concatenate([x] * e, axis=2)[:, None]
 
     number = of_row(rows.astype(index)) + of_column(columns.astype(index))
     weight = of_row(entries.row_weights) * of_column(entries.column_weights)

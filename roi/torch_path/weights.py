@@ -94,7 +94,7 @@ class SampledBins:
         i = self.first[rois, :, None] + np.arange(samples, dtype=begin.dtype)
         y = begin + (i + 0.5) * length / np.maximum(grid, 1)
         valid = (y >= -1) & (y <= self.limits[:, None]) & (i < grid)
-        y = np.clip(y, 0, last)
+        y = np.minimum(np.maximum(y, 0), last)
         weight, empty = 1 / np.maximum(grid, 1)[..., None, None], None
         if not valid.all():
             # A sample off the map has no weight, and reads no cell that the others do not: it might hold NaN.
@@ -123,7 +123,7 @@ def sampled_bins(boxes: Array, pooling: Pooling, scale: float, height: int, widt
     pooled_height, pooled_width, sampling_ratio = pooling.pooled_height, pooling.pooled_width, pooling.sampling_ratio
     axis, place, bins, limits = line_constants(pooled_height, pooled_width, height, width, boxes.dtype)
     with np.errstate(over="ignore"):  # far boxes may become infinite, and saturate
-        corners = np.clip(boxes[:, 1:] * boxes.dtype.type(scale), -MAX_CELL, MAX_CELL)
+        corners = np.minimum(np.maximum(boxes[:, 1:] * boxes.dtype.type(scale), -MAX_CELL), MAX_CELL)
     corners = corners.reshape(-1, 2, 2)[:, :, ::-1]  # [K, ends, (y, x)]
     if pooling.aligned:
         corners = corners - 0.5
