@@ -50,19 +50,23 @@ def set_default_backend(backend: str) -> None:
     _default = check_backend(backend)
 
 
-def run(operator: str, device: torch.device, backend: str, *args: Any) -> Any:
-    """Call the function `operator` of the path that `backend` means for tensors on `device`.
+def run(function: str, operator: str, device: torch.device, backend: str, *args: Any) -> Any:
+    """Call a function of the path that `backend` means for tensors on `device`.
+
+    Args:
+        function: its name, the same in both paths.
+        operator: what messages call it.
 
     Raises:
         RuntimeError: "cupy" was asked for where it cannot run; the message says what is missing.
     """
     wanted = backend if backend != "auto" else default_backend()
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
-        return getattr(torch_path, operator)(*args)
+        return getattr(torch_path, function)(*args)
     problem = cupy_problem(device.type)
     if problem is None:
         try:
-            return getattr(cupy_path, operator)(*args)
+            return getattr(cupy_path, function)(*args)
         except cupy_path.KernelLimitError as error:
             problem = str(error)
         except KernelCompilationError as error:
@@ -72,7 +76,7 @@ def run(operator: str, device: torch.device, backend: str, *args: Any) -> Any:
     if problem not in _warned:
         _warned.add(problem)
         warnings.warn(f"{operator} runs on the torch path, slower than CuPy's kernels: {problem}", stacklevel=2)
-    return getattr(torch_path, operator)(*args)
+    return getattr(torch_path, function)(*args)
 
 
 @cache

@@ -90,7 +90,7 @@ def linear(family: Family, name: str, adjoint_name: str, path: str, *tensors: st
         maps = family.maps(input)
         check_rois(rois, maps[0].shape[0])
         others, options, backend = rest[: count - 1], rest[count - 1 : -1], rest[-1]
-        return _backend.run(path, rois.device, backend, maps, rois, *others, family.pooling(options))
+        return _backend.run(path, name, rois.device, backend, maps, rois, *others, family.pooling(options))
 
     def fake_forward(input: Any, rois: Tensor, *rest: Any) -> Tensor:
         maps, pooling = family.maps(input), family.pooling(rest[count - 1 : -1])
@@ -99,7 +99,7 @@ def linear(family: Family, name: str, adjoint_name: str, path: str, *tensors: st
     def adjoint(grad: Tensor, *rest: Any) -> Any:
         others, options, shape, backend = rest[:count], rest[count:-6], rest[-6:-1], rest[-1]
         pooling, maps = family.pooling(options), family.shaped(shape)
-        gradients = _backend.run(f"{path}_adjoint", grad.device, backend, grad, *others, pooling, maps)
+        gradients = _backend.run(f"{path}_adjoint", adjoint_name, grad.device, backend, grad, *others, pooling, maps)
         return family.argument(gradients)
 
     def fake_adjoint(grad: Tensor, *rest: Any) -> Any:
@@ -147,10 +147,12 @@ def maximum(family: Family) -> _autograd.MaxPool:
     argmax, and its gradient calls the other one.
     """
 
+    name = family.name
+
     def pool(input: Any, rois: Tensor, *rest: Any) -> Any:
         maps = family.maps(input)
         check_rois(rois, maps[0].shape[0])
-        return _backend.run("max_pool", rois.device, rest[-1], maps, rois, family.pooling(rest[:-1]))
+        return _backend.run("max_pool", name, rois.device, rest[-1], maps, rois, family.pooling(rest[:-1]))
 
     def fake_pool(input: Any, rois: Tensor, *rest: Any) -> Tensor:
         maps = family.maps(input)
@@ -159,14 +161,13 @@ def maximum(family: Family) -> _autograd.MaxPool:
     def with_argmax(input: Any, rois: Tensor, *rest: Any) -> Any:
         maps = family.maps(input)
         check_rois(rois, maps[0].shape[0])
-        return _backend.run("max_pool_with_argmax", rois.device, rest[-1], maps, rois, family.pooling(rest[:-1]))
+        return _backend.run("max_pool_with_argmax", name, rois.device, rest[-1], maps, rois, family.pooling(rest[:-1]))
 
     def fake_with_argmax(input: Any, rois: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         maps, pooling = family.maps(input), family.pooling(rest[:-1])
         output = fake_pool(input, rois, *rest)
         return output, empty_argmax(output, rois.shape[0], Maps.of(maps), pooling)
 
-    name = family.name
     schema = ["Tensor[] input" if family.pyramid else "Tensor input", "Tensor rois", *family.options, "str backend"]
     operator = _autograd.MaxPool(
         define(name, schema, "Tensor", pool, fake_pool),

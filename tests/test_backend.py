@@ -12,12 +12,14 @@ import torch
 from roi.kernels import KernelCompilationError
 
 import roi
-from roi import backend, cupy_path, roi_pool
+from roi import _backend as backend
+from roi import cupy_path, roi_pool
+from roi._problem import Pooling
 
 INPUT, BOXES = torch.arange(64.0).view(1, 1, 8, 8), torch.tensor([[0.0, 0, 0, 7, 7]])
 EXPECTED = torch.tensor([[[[27.0, 31.0], [59.0, 63.0]]]])
 CUDA = torch.device("cuda")
-ARGUMENTS = (INPUT, BOXES, 1.0, 2, 2, False)
+ARGUMENTS = ([INPUT], BOXES, Pooling((1.0,), 2, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +72,11 @@ def test_environment_variable(value: str, outcome: str) -> None:
 def test_auto_falls_back_with_one_warning_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "cupy_problem", lambda device_type: "CuPy does not import (reason)")
     with pytest.warns(UserWarning, match=r"roi_pool runs on the torch path.*CuPy does not import \(reason\)"):
-        output, _ = backend.run("roi_pool", CUDA, "auto", *ARGUMENTS)
+        output = backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
     assert torch.equal(output, EXPECTED)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backend.run("roi_pool", CUDA, "auto", *ARGUMENTS)
+        backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
     assert roi.backend_info().cuda == "torch"
     assert "reason" in str(roi.backend_info())
 
@@ -87,12 +89,12 @@ def test_a_kernel_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, error: Exc
         raise error
 
     monkeypatch.setattr(backend, "cupy_problem", lambda device_type: None)
-    monkeypatch.setattr(cupy_path, "roi_pool", fail)
+    monkeypatch.setattr(cupy_path, "max_pool", fail, raising=False)
     assert roi.backend_info().cuda == "cupy"
     with pytest.raises(RuntimeError, match=str(error)):
-        backend.run("roi_pool", CUDA, "cupy", *ARGUMENTS)
+        backend.run("max_pool", "roi_pool", CUDA, "cupy", *ARGUMENTS)
     with pytest.warns(UserWarning, match=str(error)):
-        output, _ = backend.run("roi_pool", CUDA, "auto", *ARGUMENTS)
+        output = backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
     assert torch.equal(output, EXPECTED)
 
 

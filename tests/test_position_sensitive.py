@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from roi import PSRoIAlign, PSRoIPool, ps_roi_align, ps_roi_pool, torch_path
+from roi._problem import Maps, Pooling
 from tests import slow_align
 from tests.comparison import same_bits
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
@@ -114,15 +115,18 @@ def test_hostile_boxes(operator: str, boxes_dtype: torch.dtype) -> None:
     input = torch.randn(2, 24, 13, 17)
     rois = hostile_boxes(2, 13, 17).to(boxes_dtype)
     valid = rois.isfinite().all(dim=1) & (rois[:, 0] >= 0) & (rois[:, 0] < 2)
-    ratio = (-1,) if operator == "ps_roi_align" else ()
-    output = getattr(torch_path, operator)(input, rois, 1.0, 3, 4, *ratio)
+    pooling = Pooling((1.0,), 3, 4, aligned=True, position_sensitive=True)
+    pool, adjoint = {
+        "ps_roi_pool": (torch_path.average_pool, torch_path.average_pool_adjoint),
+        "ps_roi_align": (torch_path.align, torch_path.align_adjoint),
+    }[operator]
+    output = pool([input], rois, pooling)
     assert output[~valid].isnan().all()
     assert output[valid].isfinite().all()
-    backward = getattr(torch_path, f"{operator}_backward")
     grad = torch.randn(output.shape)
-    expected = backward(grad.masked_fill(~valid[:, None, None, None], 0), rois, 1.0, *ratio, 2, 24, 13, 17, False)
+    (expected,) = adjoint(grad.masked_fill(~valid[:, None, None, None], 0), rois, pooling, Maps.of([input]))
     grad[~valid] = torch.nan
-    assert same_bits(backward(grad, rois, 1.0, *ratio, 2, 24, 13, 17, False), expected)
+    assert same_bits(adjoint(grad, rois, pooling, Maps.of([input]))[0], expected)
 
 
 @pytest.mark.parametrize("operator", ["ps_roi_pool", "ps_roi_align"])

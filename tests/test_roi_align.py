@@ -13,7 +13,10 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from roi import RoIAlign, bin_weights, roi_align, torch_align, torch_path, weighted_sums
+from roi import RoIAlign, roi_align, torch_path
+from roi._problem import Maps, Pooling
+from roi.torch_path import linear, tables, weighted_sums
+from roi.torch_path.bins import rounded_up
 from tests import slow_align
 from tests.comparison import same_bits
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
@@ -106,8 +109,8 @@ def test_gradient_is_the_adjoint(dtype: torch.dtype, ratio: int, layout) -> None
     grad = torch.randn(len(rois), 6, 3, 4, dtype=torch.float64).contiguous(memory_format=layout)
     leaf = torch.zeros_like(input, requires_grad=True)
     slow_align.roi_align(leaf, rois, (3, 4), 1 / 4, ratio, True).backward(grad.to(dtype).double())
-    args = rois, 1 / 4, ratio, True, 2, 6, 13, 17, layout is torch.channels_last
-    ours = torch_path.roi_align_backward(grad.to(dtype), *args)
+    pooling, maps = Pooling((1 / 4,), 3, 4, ratio, True), Maps(2, 6, (13,), (17,), layout is torch.channels_last)
+    (ours,) = torch_path.align_adjoint(grad.to(dtype), rois, pooling, maps)
     assert ours.dtype == dtype
     assert ours.is_contiguous(memory_format=layout)
     rounding = torch.finfo(dtype).eps
@@ -130,16 +133,17 @@ def test_hostile_boxes(boxes_dtype: torch.dtype, ratio: int, aligned: bool, layo
     input = torch.randn(2, 6, 13, 17).contiguous(memory_format=layout)
     rois = hostile_boxes(2, 13, 17).to(boxes_dtype)
     valid = valid_part(rois, 2)
-    output = torch_path.roi_align(input, rois, 1.0, 3, 4, ratio, aligned)
+    pooling = Pooling((1.0,), 3, 4, ratio, aligned)
+    output = torch_path.align([input], rois, pooling)
     assert output[~valid].isnan().all()
     assert output[valid].isfinite().all()
-    alone = torch.cat([torch_path.roi_align(input, box[None], 1.0, 3, 4, ratio, aligned) for box in rois[valid]])
+    alone = torch.cat([torch_path.align([input], box[None], pooling) for box in rois[valid]])
     torch.testing.assert_close(output[valid], alone, rtol=0, atol=1e-6)
-    args = rois, 1.0, ratio, aligned, 2, 6, 13, 17, layout is torch.channels_last
     grad = torch.randn(output.shape)
-    expected = torch_path.roi_align_backward(grad.masked_fill(~valid[:, None, None, None], 0), *args)
+    clean = grad.masked_fill(~valid[:, None, None, None], 0)
+    (expected,) = torch_path.align_adjoint(clean, rois, pooling, Maps.of([input]))
     grad[~valid] = torch.nan
-    assert same_bits(torch_path.roi_align_backward(grad, *args), expected)
+    assert same_bits(torch_path.align_adjoint(grad, rois, pooling, Maps.of([input]))[0], expected)
 
 
 @ratios
@@ -177,13 +181,12 @@ def test_ways_and_chunks_of_any_size_give_the_same(
     outcomes = []
     limits = ((), (1000,), (2**20,)) if count > 3 else ((), (1,), (37,), (2**20,))
     for limit in limits:
-        for crops in (0, 10**9):  # crops wherever they fit, never
+        for line in (64, 10**9):  # crops where they move less memory, never
             for value in limit:
-                for name in ("LOOKUPS_AT_ONCE", "VALUES_AT_ONCE", "VALUES_PER_THREAD", "LOOKUPS_PER_GROUP"):
+                for name in ("LOOKUPS_AT_ONCE", "VALUES_AT_ONCE", "LOOKUPS_PER_GROUP"):
                     monkeypatch.setattr(weighted_sums, name, value)
-                    monkeypatch.setattr(torch_align, "BAND_VALUES", 100 * value)
-                    monkeypatch.setattr(torch_align, "CROP_VALUES", 100 * value)
-            monkeypatch.setattr(torch_align, "CELLS_PER_CROP", crops)
+                monkeypatch.setattr(linear, "LOOKUPS_AHEAD", value)
+            monkeypatch.setattr(tables, "LINE_BYTES", line)
             output = roi_align(input, rois, (4, 3), 1 / 4, ratio)
             (gradient,) = torch.autograd.grad(output.square().sum(), input)
             outcomes.append((output.detach(), gradient))
@@ -195,7 +198,7 @@ def test_ways_and_chunks_of_any_size_give_the_same(
 
 
 def test_counts_are_rounded_up_to_few() -> None:
-    rounded = bin_weights.rounded_up(np.arange(1, 1000))
+    rounded = rounded_up(np.arange(1, 1000))
     assert (rounded >= np.arange(1, 1000)).all()
     assert (rounded <= 1.5 * np.arange(1, 1000)).all()
     assert len(np.unique(rounded)) < 21
@@ -264,9 +267,10 @@ def test_empty_and_smallest(shape: tuple[int, int, int, int], count: int, layout
 
 def test_no_image_is_no_row() -> None:
     """The torch path on CUDA reaches this; on the CPU such boxes are refused before."""
-    output = torch_path.roi_align(torch.zeros(0, 3, 8, 9), torch.zeros(4, 5), 1.0, 2, 2, 2, False)
+    input, pooling = torch.zeros(0, 3, 8, 9), Pooling((1.0,), 2, 2, 2)
+    output = torch_path.align([input], torch.zeros(4, 5), pooling)
     assert output.isnan().all()
-    gradient = torch_path.roi_align_backward(output, torch.zeros(4, 5), 1.0, 2, False, 0, 3, 8, 9, True)
+    (gradient,) = torch_path.align_adjoint(output, torch.zeros(4, 5), pooling, Maps.of([input]))
     assert gradient.shape == (0, 3, 8, 9)
 
 
@@ -340,7 +344,7 @@ def test_opcheck(dtype: torch.dtype, layout) -> None:
     for leaf in (input, input.clone().requires_grad_()):
         torch.library.opcheck(torch.ops.fpn_roi.roi_align.default, (leaf, rois, 1.0, 3, 2, 2, True, "torch"))
     grad = torch.randn(5, 3, 3, 2).to(dtype).contiguous(memory_format=layout).requires_grad_()
-    args = (grad, rois, 1.0, -1, False, *input.shape, layout is torch.channels_last, "torch")
+    args = (grad, rois, 1.0, 3, 2, -1, False, *input.shape, layout is torch.channels_last, "torch")
     torch.library.opcheck(torch.ops.fpn_roi.roi_align_backward.default, args)
 
 
@@ -348,7 +352,9 @@ def test_opcheck(dtype: torch.dtype, layout) -> None:
 def test_boxes_take_no_gradient(layout) -> None:
     input = torch.randn(2, 3, 8, 9).contiguous(memory_format=layout)
     boxes = ordinary_boxes(5, 2, 8, 9).requires_grad_()
-    assert not roi_align(input, boxes, 3).requires_grad
+    frozen = roi_align(input, boxes, 3)  # as torchvision's: it requires a gradient, and gives none
+    frozen.sum().backward()
+    assert boxes.grad is None
     roi_align(input.requires_grad_(), boxes, 3).sum().backward()
     assert boxes.grad is None
     assert input.grad is not None
@@ -418,7 +424,7 @@ def test_every_run_and_number_of_threads_give_the_same_gradient() -> None:
     gradients = []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
-        gradients.append(torch_path.roi_align_backward(grad, rois, 1 / 16, 2, False, *input.shape, False))
+        gradients += torch_path.align_adjoint(grad, rois, Pooling((1 / 16,), 7, 7, 2), Maps.of([input]))
     torch.set_num_threads(threads)
     assert same_bits(gradients[1], gradients[0])
     assert same_bits(gradients[2], gradients[0])

@@ -12,9 +12,11 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from roi import RoIPool, adaptive_max, roi_pool, sparse_max, torch_path, torch_pool
-from roi.bins import Bins, roi_windows, round_half_away
-from roi.covers import Cells, Rectangles, cheapest
+import roi
+from roi import RoIPool, roi_pool, torch_path
+from roi._problem import Maps, Pooling
+from roi.torch_path import adaptive, memory, product
+from roi.torch_path.bins import Bins, roi_windows, round_half_away
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
@@ -28,7 +30,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 
 def pooled(input: Tensor, rois: Tensor, scale: float, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Output and argmax by the torch path, straight from the dispatcher."""
-    output, argmax = torch.ops.fpn_roi.roi_pool(input, rois, scale, height, width, True, "torch")
+    output, argmax = torch.ops.fpn_roi.roi_pool_with_argmax(input, rois, scale, height, width, "torch")
     return output, argmax
 
 
@@ -126,11 +128,9 @@ def test_gradient_is_the_reference_in_float64(dtype, layout, count: int, output_
 # --- the ways of the torch path
 
 
-READINGS = {
-    "cells": lambda bins, shape: Cells(*shape[:3]),
-    "every size": lambda bins, shape: Rectangles.of_every_size(*bins.largest(), *shape[:3]),
-    "powers of two": lambda bins, shape: Rectangles.of_powers_of_two(*bins.largest(), *shape[:3]),
-}
+def far_off(images: int) -> Tensor:
+    rois = hostile_boxes(images, 52, 68)
+    return rois[rois.isfinite().all(dim=1) & (rois[:, 0] >= 0) & (rois[:, 0] < images)]
 
 
 @layouts
@@ -138,65 +138,45 @@ READINGS = {
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", [around, grid_aligned, tiny])
 @pytest.mark.parametrize(("count", "channels"), [(1, 3), (200, 1), (200, 5), (50, 40)])
-@pytest.mark.parametrize("way", [*READINGS, "adaptive"])
+@pytest.mark.parametrize("way", ["adaptive", "product"])
 def test_every_way_is_the_reference(
     way: str, count: int, channels: int, kind, special: bool, dtype: torch.dtype, layout, monkeypatch
 ) -> None:
-    """NaN, infinities, subnormal numbers and zeros of both signs included; every way for every problem it can do."""
-    shape = (2, channels, 13, 17)
-    if way in READINGS:
-        monkeypatch.setattr(sparse_max, "cheapest", READINGS[way])
-    rois = torch.cat([kind(count, 2, 4, 13, 17), far_off(2)]).numpy()
-    windows = roi_windows(rois, 1 / 4)
-    input = features(shape, dtype, special=special).contiguous(memory_format=layout)
-    expected, positions = reference.roi_pool(input.double().numpy(), rois, 1 / 4, 7, 3)
-    for with_argmax in (False, True):
-        if way == "adaptive":
-            output, argmax = adaptive_max.roi_pool(input, windows, 7, 3, with_argmax)
-        elif sparse_max.serves(input, with_argmax):
-            output, argmax = sparse_max.roi_pool(input, Bins.of(windows, 7, 3, 13, 17), with_argmax)
-        else:
-            assert dtype == torch.float64
-            continue
-        assert same_bits(output, torch.from_numpy(expected).to(dtype))
-        assert output.is_contiguous(memory_format=layout)
-        if with_argmax:
-            assert torch.equal(argmax, torch.from_numpy(positions).int())
-            assert argmax.is_contiguous(memory_format=torch.channels_last)
-        else:
-            assert argmax.numel() == 0
-
-
-def far_off(images: int) -> Tensor:
-    rois = hostile_boxes(images, 52, 68)
-    return rois[rois.isfinite().all(dim=1) & (rois[:, 0] >= 0) & (rois[:, 0] < images)]
+    """NaN, infinities, subnormal numbers and zeros of both signs included; each way for every problem it can do."""
+    rois = torch.cat([kind(count, 2, 4, 13, 17), far_off(2)])
+    input = features((2, channels, 13, 17), dtype, special=special).contiguous(memory_format=layout)
+    expected, positions = reference.roi_pool(input.double().numpy(), rois.numpy(), 1 / 4, 7, 3)
+    pooling = Pooling((1 / 4,), 7, 3)
+    if way == "adaptive":
+        monkeypatch.setattr(product, "serves", lambda *_: False)
+    else:  # wherever it is right, however few the RoIs are
+        monkeypatch.setattr(product, "cells_read", lambda _: 10**9)
+    output, argmax = torch_path.max_pool_with_argmax([input], rois, pooling)
+    for result in (output, torch_path.max_pool([input], rois, pooling)):
+        assert same_bits(result, torch.from_numpy(expected).to(dtype))
+        assert result.is_contiguous(memory_format=layout)
+    assert torch.equal(argmax, torch.from_numpy(positions).int())
+    assert argmax.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
-    ("side", "channels", "expected"), [(16, 256, Cells), (64, 256, Cells), (640, 256, Rectangles), (320, 1, Rectangles)]
+    ("value", "maxima", "argmaxima"), [(1.0, True, True), (-0.0, False, False), (torch.nan, True, False)]
 )
-def test_small_bins_are_read_cell_by_cell(side: int, channels: int, expected: type) -> None:
-    corner = np.random.default_rng(0).random((512, 2)) * 100
-    rois = np.concatenate([np.zeros((512, 1)), corner, corner + side], axis=1)
-    bins = Bins.of(roi_windows(rois, 1 / 16), 7, 7, 50, 84)
-    assert isinstance(cheapest(bins, torch.Size([1, 50, 84, channels])), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_product_serves_where_it_is_right(dtype: torch.dtype, value: float, maxima: bool, argmaxima: bool) -> None:
+    map_ = torch.ones(1, 2, 8, 8, dtype=dtype)
+    map_[0, 1, 3, 3] = value
+    bins = Bins.of(roi_windows(np.array([[0.0, 0, 0, 7, 7]] * 9), 1.0), Pooling((1.0,), 2, 2), 8, 8)
+    assert product.serves(map_, bins) == maxima
+    assert product.serves_argmax(map_, bins) == (argmaxima and dtype != torch.float64)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("count", "with_argmax", "expected"), [(1, False, True), (512, False, False), (30, True, True)]
-)
-def test_the_map_is_not_prepared_for_few_rois(count: int, with_argmax: bool, expected: bool, layout) -> None:
-    windows = roi_windows(around(count, 1, 16, 50, 84).numpy(), 1 / 16)
-    assert (
-        torch_pool.few(windows, torch.zeros(1, 256, 50, 84).contiguous(memory_format=layout), with_argmax) == expected
-    )
-
-
-def test_the_table_is_bounded() -> None:
-    rois = np.array([[0.0, 0, 0, 4095, 4095]] * 1000)
-    bins = Bins.of(roi_windows(rois, 1.0), 7, 7, 4096, 4096)
-    assert isinstance(cheapest(bins, torch.Size([1, 4096, 4096, 1])), Cells)
+@layouts
+def test_few_rois_read_less_than_the_map(layout) -> None:
+    map_ = torch.zeros(1, 256, 50, 84).contiguous(memory_format=layout)
+    for count, whole in ((1, False), (512, True)):
+        windows = roi_windows(around(count, 1, 16, 50, 84).numpy(), 1 / 16)
+        assert product.serves(map_, Bins.of(windows, Pooling((1 / 16,), 7, 7), 50, 84)) == whole
 
 
 @layouts
@@ -216,8 +196,8 @@ def test_parts_of_any_size_give_the_same(limit: int, layout, monkeypatch) -> Non
         )
 
     *expected, gradient = outcome()
-    for module in (sparse_max, torch_pool):
-        for name in [name for name in vars(module) if name.endswith("_AT_ONCE")]:
+    for module in (product, adaptive):
+        for name in [name for name in vars(module) if name.endswith(("_AT_ONCE", "_IN_CACHE", "_VALUES"))]:
             monkeypatch.setattr(module, name, limit)
     *actual, sums = outcome()
     assert all(map(same_bits, actual, expected))
@@ -379,12 +359,12 @@ def test_gradients_of_first_and_second_order(layout, output_size) -> None:
 def test_opcheck(dtype: torch.dtype, layout) -> None:
     input = torch.randn(2, 3, 8, 9).to(dtype).contiguous(memory_format=layout)
     rois = ordinary_boxes(5, 2, 8, 9)
-    torch.library.opcheck(torch.ops.fpn_roi.roi_pool.default, (input, rois, 1.0, 3, 2, False, "torch"))
+    torch.library.opcheck(torch.ops.fpn_roi.roi_pool.default, (input, rois, 1.0, 3, 2, "torch"))
     leaf = input.clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fpn_roi.roi_pool.default, (leaf, rois, 1.0, 3, 2, True, "torch"))
+    torch.library.opcheck(torch.ops.fpn_roi.roi_pool.default, (leaf, rois, 1.0, 3, 2, "torch"))
     output, argmax = pooled(input, rois, 1.0, 3, 2)
     grad = torch.randn_like(output).requires_grad_()
-    args = (grad, rois, argmax, 1.0, *input.shape, layout is torch.channels_last, "torch")
+    args = (grad, rois, argmax, 1.0, 3, 2, *input.shape, layout is torch.channels_last, "torch")
     torch.library.opcheck(torch.ops.fpn_roi.roi_pool_backward.default, args)
 
 
@@ -393,7 +373,9 @@ def test_boxes_take_no_gradient(layout) -> None:
     """Predicted boxes come with a gradient function; pooling from frozen features must not mind."""
     input = torch.randn(2, 3, 8, 9).contiguous(memory_format=layout)
     boxes = ordinary_boxes(5, 2, 8, 9).requires_grad_()
-    assert not roi_pool(input, boxes, 3).requires_grad
+    frozen = roi_pool(input, boxes, 3)  # as torchvision's: it requires a gradient, and gives none
+    frozen.sum().backward()
+    assert boxes.grad is None
     roi_pool(input.requires_grad_(), boxes, 3).sum().backward()
     assert boxes.grad is None
     assert input.grad is not None
@@ -431,23 +413,32 @@ def test_compile_with_as_many_boxes_as_the_data_say(layout) -> None:
 def test_no_image_is_no_row() -> None:
     """The torch path on CUDA reaches this; on the CPU such boxes are refused before."""
     input, rois = torch.zeros(0, 3, 8, 9), torch.zeros(4, 5)
-    output, argmax = torch_path.roi_pool(input, rois, 1.0, 2, 2, True)
+    pooling = Pooling((1.0,), 2, 2)
+    output, argmax = torch_path.max_pool_with_argmax([input], rois, pooling)
     assert output.isnan().all()
     assert (argmax == -1).all()
-    assert (
-        torch_path.roi_pool_backward(torch.ones_like(output), rois, argmax, 1.0, *input.shape, False).shape
-        == input.shape
-    )
-    assert not torch_pool.roi_pool_gather(input, rois, argmax).any()
+    (gradient,) = torch_path.max_gather_adjoint(torch.ones_like(output), rois, argmax, pooling, Maps.of([input]))
+    assert gradient.shape == input.shape
+    assert not torch_path.max_gather([input], rois, argmax, pooling).any()
 
 
-def test_no_argmax_without_a_gradient() -> None:
+def test_no_gradient_where_none_is_wanted() -> None:
     input, rois = torch.randn(1, 2, 8, 8), torch.zeros(3, 5)
-    _, argmax = torch.ops.fpn_roi.roi_pool(input, rois, 1.0, 2, 2, False, "auto")
-    assert argmax.numel() == 0
     assert not roi_pool(input, rois, 2).requires_grad
     with torch.no_grad():
         assert not roi_pool(input.requires_grad_(), rois, 2).requires_grad
+
+
+def test_what_a_thread_keeps_is_freed() -> None:
+    input, rois = torch.randn(1, 64, 50, 84), around(300, 1, 16, 50, 84)
+    roi_pool(input, rois, 7, 1 / 16)
+    kept = memory._kept.blocks
+    assert sum(block.numel() for block in kept.values()) >= input.numel() * 4
+    before = {use: block.data_ptr() for use, block in kept.items()}
+    roi_pool(input, rois, 7, 1 / 16)
+    assert {use: block.data_ptr() for use, block in kept.items()} == before
+    roi.empty_cache()
+    assert not kept
 
 
 def test_autocast_leaves_features_and_boxes_as_they_are() -> None:

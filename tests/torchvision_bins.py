@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roi.bins import roi_windows
+from roi.torch_path.bins import roi_windows
 
 
 def sizes_exact(sizes: np.ndarray, bins: int, number: type[np.floating]) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import roi
 from roi import torch_path
+from roi._problem import Pooling
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features
 from tests.cuda_on_cpu.reference import Array, WeightedPool, is_valid, level_of
@@ -106,13 +107,12 @@ class Case:
 
     def direct(self) -> Tensor:
         """What the torch path makes of it, whatever is in the boxes."""
-        function = getattr(torch_path, self.operator)
-        options = (*self.size, *((True,) if self.takes_maximum else self.options))
-        if self.pyramid:
-            result = function(self.maps, self.wide_rois, self.scales, *CANONICAL, *options)
-        else:
-            result = function(self.maps[0], self.wide_rois, self.scale, *options)
-        output: Tensor = result[0] if self.takes_maximum else result
+        functions = {"ps_roi_pool": torch_path.average_pool, "roi_pool": torch_path.max_pool}
+        function = functions.get(self.operator.removeprefix("multiscale_"), torch_path.align)
+        sensitive = self.operator.startswith("ps_")
+        aligned = self.aligned or self.operator == "ps_roi_align"
+        pooling = Pooling(tuple(self.scales), *self.size, self.ratio, aligned, *CANONICAL, sensitive)
+        output: Tensor = function(self.maps, self.wide_rois, pooling)
         return output
 
     @property

@@ -170,7 +170,7 @@ CELLS = [y * SIDE + x for y in (LAST, LAST + 1) for x in (LAST, LAST + 1)]
 def test_a_map_of_more_than_31_bits_of_cells(tally: Counter[str]) -> None:
     """And no more memory than its corner: a copy of the map, or the numbers of its cells, would be 8 or 17 GB."""
     input = large_map()
-    output, argmax = torch.ops.fpn_roi.roi_pool(input, CORNER, 1.0, 2, 2, True, "torch")
+    output, argmax = torch.ops.fpn_roi.roi_pool_with_argmax(input, CORNER, 1.0, 2, 2, "torch")
     assert output.flatten().tolist() == [1, 2, 3, 4]
     assert argmax.flatten().tolist() == CELLS
     mean = [[[[2.5]]]]

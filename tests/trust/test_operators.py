@@ -13,7 +13,7 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import HealthCheck, given, settings
 
-from roi.layout import memory_format
+from roi._problem import memory_format
 from tests.comparison import same_bits
 from tests.trust.cases import OPERATORS, Case, cases
 from tests.trust.conftest import Amounts
