@@ -35,6 +35,13 @@ class Pair(NamedTuple):
             return Linear.apply(self, rest[self.tensors :], *rest[: self.tensors], *maps)
         return self.forward(self.family.argument(maps), *rest)
 
+    def transposed(self, grad: Tensor, *rest: Any) -> Sequence[Tensor]:
+        """The adjoint, for whatever transforms are active: the maps' gradients as a list."""
+        if torch._C._are_functorch_transforms_active():
+            gradients: tuple[Tensor, ...] = Adjoint.apply(self, rest[self.tensors :], grad, *rest[: self.tensors])
+            return gradients
+        return self.family.maps(self.adjoint(grad, *rest))
+
     def differentiable(self, input: Any, *rest: Any) -> Any:
         """The operator's kernel where gradients may be wanted."""
         tensors, options = rest[: self.tensors], rest[self.tensors :]
@@ -70,10 +77,10 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         pair, (*options, backend) = ctx.pair, ctx.options
-        gradients = [None] * len(ctx.needs_input_grad[2 + pair.tensors :])
-        if any(ctx.needs_input_grad[2 + pair.tensors :]):
-            found = pair.adjoint(grad, *ctx.saved_tensors, *options, *ctx.shape, backend)
-            gradients = pair.family.maps(found)
+        wanted = ctx.needs_input_grad[2 + pair.tensors :]
+        gradients: Sequence[Tensor | None] = [None] * len(wanted)
+        if any(wanted):
+            gradients = pair.transposed(grad, *ctx.saved_tensors, *options, *ctx.shape, backend)
         return (None, None, *[None] * pair.tensors, *gradients)
 
     @staticmethod
@@ -100,12 +107,12 @@ class Adjoint(Function):
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> Any:
         pair, options = ctx.pair, (*ctx.options[:-6], ctx.options[-1])
-        output = pair.forward(pair.family.argument(tangents), *ctx.saved_tensors, *options)
+        output = pair(tangents, *ctx.saved_tensors, *options)
         return (None, None, output, *[None] * pair.tensors)
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, tangent: Tensor, *others: None) -> Any:
-        return tuple(ctx.pair.family.maps(ctx.pair.adjoint(tangent, *ctx.saved_tensors, *ctx.options)))
+        return tuple(ctx.pair.transposed(tangent, *ctx.saved_tensors, *ctx.options))
 
 
 class MaxPool(NamedTuple):
@@ -157,10 +164,9 @@ class Maxima(Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
         pair, (*options, backend) = ctx.pair, ctx.options
         wanted = ctx.needs_input_grad[3:]
-        gradients = [None] * len(wanted)
+        gradients: Sequence[Tensor | None] = [None] * len(wanted)
         if grad is not None and any(wanted):
-            found = pair.adjoint(grad, *ctx.saved_tensors, *options, *ctx.shape, backend)
-            gradients = pair.family.maps(found)
+            gradients = pair.transposed(grad, *ctx.saved_tensors, *options, *ctx.shape, backend)
         return (None, None, None, *gradients)
 
     @staticmethod

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from roi.bins import MAX_CELL
-from roi.levels import EPSILON
+from roi._operators import MULTISCALE_ROI_ALIGN, MULTISCALE_ROI_POOL, ROI_ALIGN, ROI_POOL, Family
+from roi._problem import LEVEL_EPSILON, Pooling
+from roi.torch_path.bins import MAX_CELL
 
 try:
     from onnxscript import ir, opset18
@@ -43,80 +43,39 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     Returns:
         From operator to the function that records it; to be merged with translations of one's own.
     """
-    operators = torch.ops.fpn_roi
     return {
-        operators.roi_align.default: roi_align,
-        operators.roi_pool.default: roi_pool,
-        operators.multiscale_roi_align.default: multiscale_roi_align,
-        operators.multiscale_roi_pool.default: multiscale_roi_pool,
+        ROI_ALIGN.forward: translation(ROI_ALIGN.family, aligned_rows),
+        ROI_POOL.pool: translation(ROI_POOL.gather.family, pooled_rows),
+        MULTISCALE_ROI_ALIGN.forward: translation(MULTISCALE_ROI_ALIGN.family, aligned_rows),
+        MULTISCALE_ROI_POOL.pool: translation(MULTISCALE_ROI_POOL.gather.family, pooled_rows),
     }
 
 
-# The translations, with the operators' arguments. The dtype of an argument is known as it is recorded.
+# (map, boxes, the boxes' dtype, pooling, scale): rows that are gathered do not know their dtype as they are recorded.
+Rows = Callable[[Value, Value, ir.DataType, Pooling, float], Value]
 
 
-def roi_align(
-    input: Value,
-    rois: Value,
-    scale: float,
-    height: int,
-    width: int,
-    ratio: int,
-    aligned: bool,
-    backend: str,
-) -> Value:
-    return aligned_rows(input, rois, wider(input, rois), scale, height, width, ratio, aligned)
+def translation(family: Family, pooled: Rows) -> Callable[..., Value]:
+    """What records an operator whose output is that of `pooled` for the rows of each level, with its scale."""
 
+    def record(input: Any, rois: Value, *options: Any) -> Value:
+        pooling = family.pooling(options[:-1])
+        maps = family.maps(input)
+        if len(maps) == 1:
+            return pooled(maps[0], rois, rois.dtype, pooling, pooling.scales[0])
+        places, on_none = places_by_level(rois, pooling)
+        parts = [
+            pooled(map_, op.Gather(rois, own, axis=0), rois.dtype, pooling, scale)
+            for map_, own, scale in zip(maps, places, pooling.scales, strict=True)
+        ]
+        if on_none is not None:
+            # Pooled from any map, then blanked.
+            some = pooled(maps[0], op.Gather(rois, on_none, axis=0), rois.dtype, pooling, pooling.scales[0])
+            parts.append(op.Sub(some, some))
+            places.append(on_none)
+        return in_order(parts, places)
 
-def roi_pool(
-    input: Value, rois: Value, scale: float, height: int, width: int, with_argmax: bool, backend: str
-) -> tuple[Value, Value]:
-    return pooled_rows(input, rois, rois.dtype, scale, height, width), no_argmax()
-
-
-def multiscale_roi_align(
-    features: Sequence[Value],
-    rois: Value,
-    scales: Sequence[float],
-    canonical_scale: int,
-    canonical_level: int,
-    height: int,
-    width: int,
-    ratio: int,
-    aligned: bool,
-    backend: str,
-) -> Value:
-    dtype = wider(features[0], rois)
-    places = places_by_level(rois, scales, canonical_scale, canonical_level)
-    parts = [
-        aligned_rows(map_, op.Gather(rois, own, axis=0), dtype, scale, height, width, ratio, aligned)
-        for map_, own, scale in zip(features, places, scales, strict=True)
-    ]
-    return in_order(parts, places)
-
-
-def multiscale_roi_pool(
-    features: Sequence[Value],
-    rois: Value,
-    scales: Sequence[float],
-    canonical_scale: int,
-    canonical_level: int,
-    height: int,
-    width: int,
-    with_argmax: bool,
-    backend: str,
-) -> tuple[Value, Value]:
-    places = places_by_level(rois, scales, canonical_scale, canonical_level)
-    parts = [
-        pooled_rows(map_, op.Gather(rois, own, axis=0), rois.dtype, scale, height, width)
-        for map_, own, scale in zip(features, places, scales, strict=True)
-    ]
-    return in_order(parts, places), no_argmax()
-
-
-def wider(input: Value, rois: Value) -> ir.DataType:
-    """What RoIAlign is computed in: ONNX has one dtype for features and boxes."""
-    return ir.DataType.DOUBLE if ir.DataType.DOUBLE in (input.dtype, rois.dtype) else ir.DataType.FLOAT
+    return record
 
 
 def constant(value: Any, dtype: ir.DataType) -> Value:
@@ -127,17 +86,12 @@ def columns(rows: Value, first: int, end: int) -> Value:
     return op.Slice(rows, [first], [end], [1])
 
 
-def no_argmax() -> Value:
-    """In place of the second result of max pooling, which only gradients read."""
-    return constant([], ir.DataType.INT32)
-
-
-def aligned_rows(
-    input: Value, rois: Value, dtype: ir.DataType, scale: float, height: int, width: int, ratio: int, aligned: bool
-) -> Value:
-    """RoIAlign, computed in `dtype`."""
+def aligned_rows(input: Value, rois: Value, rois_dtype: ir.DataType, pooling: Pooling, scale: float) -> Value:
+    """RoIAlign of one map."""
+    # ONNX has one dtype for features and boxes.
+    dtype = ir.DataType.DOUBLE if ir.DataType.DOUBLE in (input.dtype, rois_dtype) else ir.DataType.FLOAT
     boxes = op.Cast(columns(rois, 1, 5), to=dtype)
-    if aligned and ratio <= 0:
+    if pooling.aligned and pooling.sampling_ratio <= 0:
         # A reversed RoI has no samples; by RoiAlign's formula their number would be negative.
         first = columns(boxes, 0, 2)
         boxes = op.Concat(first, op.Max(first, columns(boxes, 2, 4)), axis=1)
@@ -145,26 +99,26 @@ def aligned_rows(
         op.Cast(input, to=dtype),
         boxes,
         op.Cast(op.Gather(rois, 0, axis=1), to=ir.DataType.INT64),
-        coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+        coordinate_transformation_mode="half_pixel" if pooling.aligned else "output_half_pixel",
         mode="avg",
-        output_height=height,
-        output_width=width,
-        sampling_ratio=max(ratio, 0),
+        output_height=pooling.pooled_height,
+        output_width=pooling.pooled_width,
+        sampling_ratio=max(pooling.sampling_ratio, 0),
         spatial_scale=scale,
     )
     return op.CastLike(pooled, input)
 
 
-def pooled_rows(input: Value, rois: Value, rois_dtype: ir.DataType, scale: float, height: int, width: int) -> Value:
-    """RoI max pooling: MaxRoiPool with a RoI of whole cells, on the map or next to it, for each bin.
+def pooled_rows(input: Value, rois: Value, rois_dtype: ir.DataType, pooling: Pooling, scale: float) -> Value:
+    """RoI max pooling of one map: MaxRoiPool with a RoI of whole cells, on the map or next to it, for each bin.
 
     On a RoI with several bins it computes them in float32, so that some are a cell too large.
     """
     dtype = ir.DataType.DOUBLE if input.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     maps = op.Cast(input, to=dtype)
-    cells = op.Cast(bins_as_rois(input, rois, rois_dtype, scale, height, width), to=dtype)
+    cells = op.Cast(bins_as_rois(input, rois, rois_dtype, pooling, scale), to=dtype)
     pooled = with_nan(max_of_cells(maps, cells), maps, cells, dtype)
-    bins = constant([height, width], ir.DataType.INT64)
+    bins = constant([pooling.pooled_height, pooling.pooled_width], ir.DataType.INT64)
     shape = op.Concat(op.Shape(rois, start=0, end=1), bins, op.Shape(input, start=1, end=2), axis=0)
     rows = op.Transpose(op.Reshape(pooled, shape, allowzero=1), perm=[0, 3, 1, 2])
     return op.CastLike(rows, input)
@@ -185,9 +139,10 @@ def with_nan(pooled: Value, maps: Value, rois: Value, dtype: ir.DataType) -> Val
     return op.ScatterND(pooled, op.Unsqueeze(rows, [1]), values)
 
 
-def bins_as_rois(input: Value, rois: Value, rois_dtype: ir.DataType, scale: float, height: int, width: int) -> Value:
-    """[K·height·width, 5] of int64: what `roi.bins` says of the bins, as `max_of_cells` takes it."""
+def bins_as_rois(input: Value, rois: Value, rois_dtype: ir.DataType, pooling: Pooling, scale: float) -> Value:
+    """[K·height·width, 5] of int64: what `roi.torch_path.bins` says of the bins, as `max_of_cells` takes it."""
     integer = ir.DataType.INT64
+    height, width = pooling.pooled_height, pooling.pooled_width
     scaled = op.Mul(columns(rois, 1, 5), constant(scale, rois_dtype))
     farthest = constant(MAX_CELL, rois_dtype)
     cells = op.Cast(op.Clip(round_half_away(scaled, rois_dtype), op.Neg(farthest), farthest), to=integer)
@@ -223,15 +178,24 @@ def bin_ends(first: Value, last: Value, bins: int, limit: Value) -> tuple[Value,
     return op.Min(op.Max(begin, -1), limit), op.Min(op.Max(end, -1), limit)
 
 
-def places_by_level(rois: Value, scales: Sequence[float], canonical_scale: int, canonical_level: int) -> list[Value]:
-    """Of each level the indices of its rows of `rois`, as `roi.levels.map_levels` assigns them."""
+def places_by_level(rois: Value, pooling: Pooling) -> tuple[list[Value], Value | None]:
+    """Of each level the indices of its rows of `rois`, as `roi.torch_path.levels.map_levels` assigns them.
+
+    And those of the rows that are on no level, where there can be such.
+    """
     x1, y1, x2, y2 = (columns(rois, i, i + 1) for i in range(1, 5))
     size = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))  # NaN, of a negative area, reaches no level
     # ONNX has no log2: floor(canonical_level + log2(size / canonical_scale) + EPSILON) >= k as a bound of the size.
-    smallest = [canonical_scale * 2 ** (-math.log2(scale) - canonical_level - EPSILON) for scale in scales[1:]]
-    reached = op.Cast(op.GreaterOrEqual(size, constant(smallest, rois.dtype)), to=ir.DataType.INT64)
+    finest, coarsest = -math.log2(pooling.scales[0]), -math.log2(pooling.scales[-1])
+    steps = max(0, math.floor(coarsest - finest))
+    bounds = [math.ceil(finest + step) - pooling.canonical_level - LEVEL_EPSILON for step in range(1, steps + 1)]
+    count = len(pooling.scales)
+    smallest = constant([pooling.canonical_scale * 2**bound for bound in bounds] or [math.inf], rois.dtype)
+    reached = op.Cast(op.GreaterOrEqual(size, smallest), to=ir.DataType.INT64)
     level = op.ReduceSum(reached, [1], keepdims=0)
-    return [op.Squeeze(op.NonZero(op.Equal(level, index)), [0]) for index in range(len(scales))]
+    places = [op.Squeeze(op.NonZero(op.Equal(level, index)), [0]) for index in range(count)]
+    none = op.Squeeze(op.NonZero(op.GreaterOrEqual(level, count)), [0]) if steps >= count else None
+    return places, none
 
 
 def in_order(parts: Sequence[Value], places: Sequence[Value]) -> Value:

@@ -201,8 +201,8 @@ def test_opcheck(dtype: torch.dtype, layout) -> None:
         torch.library.opcheck(operators.ps_roi_align.default, (leaf, rois, 1.0, 3, 2, -1, "torch"))
     grad = torch.randn(5, 2, 3, 2).to(dtype).contiguous(memory_format=layout).requires_grad_()
     shape = *input.shape, layout is torch.channels_last, "torch"
-    torch.library.opcheck(operators.ps_roi_pool_backward.default, (grad, rois, 1.0, *shape))
-    torch.library.opcheck(operators.ps_roi_align_backward.default, (grad, rois, 1.0, 2, *shape))
+    torch.library.opcheck(operators.ps_roi_pool_backward.default, (grad, rois, 1.0, 3, 2, *shape))
+    torch.library.opcheck(operators.ps_roi_align_backward.default, (grad, rois, 1.0, 3, 2, 2, *shape))
 
 
 @ops
