@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fpn.files import CheckpointError as CheckpointError
 from fpn.files import read_checkpoint as read_checkpoint
-from fpn.norm import freeze_batch_norm
+from fpn.freezing import freeze as freeze
 
 logger = logging.getLogger(__name__)
 
@@ -237,27 +237,6 @@ def load_weights(model: nn.Module, weights: str | Path, variant: str) -> Report:
     if surplus:
         warnings.warn(f"{path} has entries that were not loaded: {report}", stacklevel=2)
     return report
-
-
-def freeze(trunk: nn.Module, trainable_layers: int) -> None:
-    """Freezes all but the last `trainable_layers` of a ResNet's stem, layer1, layer2, layer3 and layer4, in place.
-
-    Frozen parameters take no gradient, and frozen batch norm becomes `FrozenBatchNorm2d`: `train()` does not wake it.
-
-    Args:
-        trunk: a trunk of `fpn.resnet`.
-        trainable_layers: 0 (nothing is trained) to 5 (everything is).
-
-    Raises:
-        ValueError: `trainable_layers` is not in 0..5.
-    """
-    if not 0 <= trainable_layers <= 5:
-        raise ValueError(f"trainable_layers must be 0 to 5; got {trainable_layers}")
-    stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-    for stage in stages[: 5 - trainable_layers]:
-        for name in stage:
-            frozen = freeze_batch_norm(trunk.get_submodule(name)).requires_grad_(False)
-            setattr(trunk, name, frozen)
 
 
 def parameter_groups(model: nn.Module, trunk: nn.Module, *, lr: float, trunk_lr: float) -> list[dict[str, Any]]:
