@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -40,14 +39,18 @@ def run_stage(stage: nn.Module, x: Tensor, checkpointed: bool) -> Tensor:
 
 
 def run_again_in_backward(module: nn.Module, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler takes no contexts, and moves buffers once
-        return cast(Tensor, checkpoint(module, x, use_reentrant=False))
-    return cast(Tensor, checkpoint(module, x, use_reentrant=False, context_fn=partial(contexts_of_both_passes, module)))
+    before: list[Buffers] = []
 
+    def computed(x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler sees to it that buffers move once
+            return cast(Tensor, module(x))
+        if not before:
+            before.append(Buffers(module))
+            return cast(Tensor, module(x))
+        with before[0]:
+            return cast(Tensor, module(x))
 
-def contexts_of_both_passes(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds the module in the forward pass, and when the backward pass computes it again."""
-    return nullcontext(), Buffers(module)
+    return checkpoint(computed, x, use_reentrant=False)
 
 
 class Buffers(AbstractContextManager[None]):

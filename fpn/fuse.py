@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpn.activation import activation_of
 from fpn.changes import Changes
 from fpn.fused_conv import FusedConv2d
 from fpn.recognition import (
@@ -41,7 +42,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def fuse(model: FPN) -> FPN:
     """`FPN.fuse`."""
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    training = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if module.training and activation_of(module) is None and type(module) is not nn.Identity  # these have one mode
+    ]
     if training:
         raise ValueError(f"fuse() needs eval mode, and {training[0]} is in training mode; call eval() first")
     fused = copied(model).requires_grad_(False).to(memory_format=torch.contiguous_format)
@@ -135,7 +140,8 @@ class Fuser:
     def fuse_stage(self, stage: nn.Module, name: str) -> nn.Module:
         """The stage with the inference form of its blocks; one of another class or with a forward of its own stays."""
         if type(stage) not in (nn.Sequential, FusedStage) or own_method(stage):
-            self.left[name] = own_method(stage) or f"it is {class_name(stage)}, not nn.Sequential"
+            wrong = f"it is {class_name(stage)}, not nn.Sequential"
+            self.left[name] = wrong if type(stage) not in (nn.Sequential, FusedStage) else str(own_method(stage))
             return stage
         blocks = OrderedDict((key, self.fuse_block(block, f"{name}.{key}")) for key, block in children_of(stage))
         if is_touched(stage):  # its hooks see what goes into it and comes out, and stay with it
@@ -171,11 +177,6 @@ class Fuser:
     def fuse_layer(self, layer: nn.Module, name: str) -> nn.Module:
         """A convolution, or a sequence that has some, each with the norm and the activation after it."""
         (fused,) = self.fuse_chain([(name, layer)])
-        while is_sequence(fused):
-            rest = [child for _, child in children_of(fused) if not is_identity(child)]
-            if len(rest) != 1:
-                break
-            (fused,) = rest
         return fused
 
     def fuse_chain(self, chain: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:
@@ -195,8 +196,12 @@ class Fuser:
         """The module with those leaves. A sequence is a new one: the old one may be in use elsewhere too."""
         if not is_sequence(module, self.sequences):
             return next(leaves)
+        children = {key: self.rebuilt(child, leaves) for key, child in children_of(module)}
+        rest = [child for child in children.values() if not is_identity(child)]
+        if len(rest) == 1 and type(rest[0]) is FusedConv2d:
+            return rest[0]
         sequence = copy.copy(module)
-        sequence._modules = {key: self.rebuilt(child, leaves) for key, child in children_of(module)}
+        sequence._modules = cast("dict[str, nn.Module | None]", children)
         return sequence
 
     def fuse_leaves(self, leaves: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:

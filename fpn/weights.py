@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ IMAGENET_FILES = {
 }
 
 BATCH_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+NUMBERS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),  # of counters
+)
 COUNTER = "num_batches_tracked"  # a counter, not a weight: old checkpoints and frozen batch norm lack it
 
 
@@ -160,14 +165,23 @@ def load_matched(module: nn.Module, checkpoint: Mapping[str, Tensor], report: Re
     """Loads into `module` what a complete `report` has matched, once every value is found to be a number.
 
     Raises:
-        CheckpointError: an entry holds NaN or infinity, or is no plain tensor in memory; the module is as it was.
+        CheckpointError: an entry holds NaN or infinity, or is no plain tensor in memory, or the module is on the meta
+            device and cannot hold it; the module is as it was.
     """
+    own = module.state_dict()
+    for name in report.matched:
+        if own[name].is_meta:
+            raise CheckpointError(f"{name} of the model is on the meta device, which holds no numbers to load")
     for name in report.matched.values():
         tensor = checkpoint[name]
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
             raise CheckpointError(f"the checkpoint's {name} is no plain tensor of real numbers in memory")
         if not name.endswith(COUNTER) and not tensor.is_floating_point():
             raise CheckpointError(f"the checkpoint's {name} must be floating point; got {tensor.dtype}")
+        if tensor.dtype not in NUMBERS:
+            raise CheckpointError(
+                f"the checkpoint's {name} is of {tensor.dtype}; convert it, by its scale if it has one"
+            )
         if not tensor.isfinite().all():
             raise CheckpointError(f"the checkpoint's {name} holds NaN or infinity")
     # Not strict, for the counters alone: `complete` has seen to the rest.
@@ -201,7 +215,7 @@ def imagenet_checkpoint(variant: str, name: str) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             logger.info("downloading %s to %s", url, path)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=True)
+            torch.hub.download_url_to_file(url, os.path.realpath(path), hash_prefix=digest, progress=True)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"cannot download the weights {filename} ({error}): fetch {url} yourself and put it into {folder}"

@@ -17,7 +17,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from fpn.detection.box_head import FusedTwoMLPHead
 from fpn.detection.conversion import check_untouched
-from fpn.fuse import Fuser
+from fpn.fuse import Fuser, children_of
 from fpn.recognition import class_name, is_untouched
 from roi import MultiScaleRoIAlign
 
@@ -61,11 +61,13 @@ def fuse_conv_head(head: nn.Module, name: str, fuser: Fuser) -> nn.Module:
     if any(layer.training for layer in head.modules()):
         raise ValueError("it is in training mode")
     fused = copy.deepcopy(head).requires_grad_(False)
+    children = [(f"{name}.{key}", child) for key, child in children_of(fused)]
     if type(head) in SEQUENCES:
-        (fused,) = fuser.fuse_chain([(name, fused)])
+        layers = fuser.fuse_chain(children)
     else:
-        for key, child in fused.named_children():
-            setattr(fused, key, fuser.fuse_layer(child, f"{name}.{key}"))
+        layers = [fuser.fuse_layer(child, path) for path, child in children]
+    for (key, _), layer in zip(children_of(fused), layers, strict=True):
+        setattr(fused, key, layer)
     return fused.eval()
 
 
