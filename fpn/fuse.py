@@ -212,7 +212,8 @@ class Fuser:
             if fused[index] is not module or is_identity(module):
                 continue
             if type(module) is not nn.Conv2d or is_touched(module):
-                if candidate or is_touched(module) or isinstance(module, nn.Conv2d | _BatchNorm):
+                known = type(module) is nn.GroupNorm  # which depends on the map, and is no part of a convolution
+                if is_touched(module) or isinstance(module, nn.Conv2d | _BatchNorm) or (candidate and not known):
                     self.left.setdefault(name, reason(module))
                 candidate = False
                 continue
