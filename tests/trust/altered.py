@@ -1,6 +1,6 @@
 """Models as people alter them: other activations, norms, wrappers, hooks, shared and computed weights, anywhere.
 
-`python -m tests.trust.altered 0 5000` searches through those numbers, and prints how many there were and what was wrong.
+`python -m tests.trust.altered 0 5000` searches through the models of those numbers, and prints what was wrong.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def change_a_stage(model: FPN, draw: random.Random) -> None:
 
 
 def share_a_norm(model: FPN, draw: random.Random) -> None:
-    parent, name, norm = draw.choice(modules_of(model, nn.BatchNorm2d) or [(model, "", model)])
+    *_, norm = draw.choice(modules_of(model, nn.BatchNorm2d) or [(model, "", model)])
     twins = [
         place
         for place in modules_of(model, nn.BatchNorm2d)
@@ -215,7 +215,7 @@ def doubling(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
 
 
 def shifting(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    return (inputs[0] + 0.1, *inputs[1:])
+    return (inputs[0] + 0.1, *inputs[1:]) if inputs else None  # a parametrization has none
 
 
 def hook_in(model: FPN, draw: random.Random) -> None:
@@ -291,7 +291,18 @@ def problems(draw: random.Random) -> list[str]:
         seen = look_on(fused, draw)
         given = images.clone(memory_format=draw.choice((torch.contiguous_format, torch.channels_last)))
         levels = fused(given)
-    found += differences("fused", levels, expected)
+    if off := differences("fused", levels, expected):
+        # Where terms cancel, rounding alone may do that, and does it to the model as it was too.
+        wide = copied(model).double()
+        with torch.no_grad():
+            exact = wide(images.double())
+            own, ours = (
+                [relative_error(level, other) for level, other in zip(those, exact, strict=True)]
+                for those in (expected, levels)
+            )
+            same = not differences("", wide.fuse()(images.double()), exact, 1e-11)
+        if not (same and max(ours) < 4 * max(own)):
+            found += [*off, f"from float64 {max(ours):.1e}, before {max(own):.1e}"]
     if not torch.equal(given, images):
         found.append("the images were overwritten")
     if overwritten(seen) or (overwritten(kept_in(fused)) and not overwritten(kept_in(model))):
@@ -303,11 +314,12 @@ def problems(draw: random.Random) -> list[str]:
 
 def gradient_problems(model: FPN, images: Tensor) -> list[str]:
     """In float64: in float32 a rounding error may put a number on the other side of a ReLU's kink."""
-    gradients = [
-        torch.autograd.grad(sum(level.square().mean() for level in network(images)), images)
-        for network in (model, model.fuse())
-    ]
-    return differences("fused, gradient", gradients[1], gradients[0], 1e-9)
+    try:
+        expected = torch.autograd.grad(sum(level.square().mean() for level in model(images)), images)
+    except RuntimeError:
+        return []  # that model has none
+    gradient = torch.autograd.grad(sum(level.square().mean() for level in model.fuse()(images)), images)
+    return differences("fused, gradient", gradient, expected, 1e-9)
 
 
 def kept_in(model: nn.Module) -> Seen:
@@ -351,7 +363,12 @@ def checkpointing_problems(model: FPN, images: Tensor) -> list[str]:
         twin = copied(model)
         twin.bottom_up.checkpoint_stages = stages  # type: ignore[assignment]
         torch.manual_seed(0)
-        sum(level.square().mean() for level in twin(images)).backward()
+        try:
+            sum(level.square().mean() for level in twin(images)).backward()
+        except RuntimeError as error:
+            if any(stages):
+                return [f"checkpointed: {error}"]
+            return []  # that model has no gradient
         after = torch.rand(1)  # the generator stands where it would
         gradients = {name: value.grad for name, value in twin.named_parameters() if value.grad is not None}
         results.append((gradients | dict(twin.named_buffers()), after))
