@@ -124,7 +124,8 @@ def main() -> int:
     outcomes: dict[str, dict[str, Any]] = {}
     for name in options.parts:
         rows = (options.out / f"{device}-{name}.json").resolve()
-        rows.unlink(missing_ok=True)  # of an earlier report
+        if rows.is_file():
+            rows.unlink()  # of an earlier report
         outcomes[name] = run(PARTS[name], rows)
         print(f"{name}: {outcomes[name]['status']} ({outcomes[name].get('seconds', 0)} s)", flush=True)
         # After every part: what was measured stays if the machine does not.

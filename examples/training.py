@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from fpn.output import written_whole
 
 WEIGHT_DECAY = 1e-4
 WARM_UP = 0.1  # of the steps; then a cosine to zero
@@ -97,12 +98,8 @@ def on_device(targets: Sequence[Mapping[str, Tensor]], device: torch.device) -> 
 
 def save(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Under its name there is a whole checkpoint at every moment: the last one, until this one is on the disk."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        torch.save(dict(checkpoint), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with written_whole([path]) as (unfinished,):
+        torch.save(dict(checkpoint), unfinished)
 
 
 def load(path: Path, options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 import fpn
+from fpn.output import written_whole
 
 if TYPE_CHECKING:  # these need Pillow, whose absence `read_photo` reports
     from fpn.demo import Box, Result
@@ -195,7 +195,7 @@ def export(options: argparse.Namespace) -> None:
     with output_files(path.parent, [path.name]) as (unfinished,):
         try:
             export_onnx(model, unfinished)
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             raise DemoError(f"--export: {error}") from error
     print(f"wrote {path} ({path.stat().st_size / 1e6:.0f} MB)")
 
@@ -289,15 +289,11 @@ def output_files(folder: Path, names: Sequence[str]) -> Iterator[list[Path]]:
     """Paths to write to; once all is written, the files move into `folder` under `names`. Else none does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            if (folder / name).is_dir():
-                raise DemoError(f"cannot write {folder / name}: it is a folder")
-        with tempfile.TemporaryDirectory(prefix=".fpn-", dir=folder) as unfinished:
-            yield [Path(unfinished, name) for name in names]
-            for name in names:
-                os.replace(Path(unfinished, name), folder / name)
+        with written_whole([folder / name for name in names]) as unfinished:
+            yield unfinished
     except OSError as error:
-        raise DemoError(f"cannot write to {folder}: {error.strerror or error}") from error
+        where = next((folder / name for name in names if str(folder / name) == error.filename), folder)
+        raise DemoError(f"cannot write to {where}: {error.strerror or error}") from error
 
 
 def save_picture(path: Path, photo: Photo, result: Result, model: str, speed: str, weights: str) -> tuple[int, int]:

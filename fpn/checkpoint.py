@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn.files import CheckpointError, read_checkpoint, state_dict_in
+from fpn.freezing import freeze_norms
 from fpn.namings import Names, Naming, detectron2, recognise, torchvision
 from fpn.norm import GROUP_NORM_GROUPS, FrozenBatchNorm2d
 from fpn.pyramid import FPN, P6P7, ExtraFactory
@@ -48,8 +49,10 @@ def from_checkpoint(
 
     The source is recognised by its names: torchvision's detectors, detectron2's, mmdetection's, kuangliu/pytorch-fpn,
     plain ResNet classifiers (torchvision's, timm's, detectron2's ImageNet files) and our own state dicts, with any
-    prefix. Blocks, widths, groups, levels, channels and the kind of norm are read off names and shapes. Entries of a
-    detector's heads are left out; a classifier has no pyramid, and gets `FPN`'s default with random weights.
+    prefix. Blocks, widths, groups, levels, channels and the kind of norm are read off names and shapes. Of a partly
+    frozen model the frozen batch norm is frozen again; all parameters take a gradient (see `fpn.weights.freeze`).
+    Entries of a detector's heads are left out; a classifier has no pyramid, and gets `FPN`'s default with random
+    weights.
 
     Some of a model is in no name and no shape. For that there are the arguments; what was assumed is in `model.report`
     and logged at level INFO.
@@ -99,6 +102,7 @@ def from_checkpoint(
 
     model = FPN(ResNet(**trunk), **pyramid)
     load_matched(model, state, report)
+    frozen = freeze_uncounted(model, report)
     source_order = names.naming.channel_order or ("bgr" if trunk["stride_in_1x1"] else "rgb")
     if channel_order not in (None, source_order):
         reverse_channels(model)
@@ -110,6 +114,7 @@ def from_checkpoint(
             f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} "
             f"wide, {trunk['norm_layer'].func.__name__}",
             *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
+            *((f"batch norm without a counter is frozen, as the checkpoint's: {frozen}",) if frozen else ()),
             f"not told by the keys: stride_in_1x1={trunk['stride_in_1x1']}, upsample={model.upsample!r}, "
             f"extra={told_extra}, norm_eps={norm_eps}, images in {(channel_order or source_order).upper()} "
             f"where the source has {source_order.upper()}",
@@ -117,6 +122,17 @@ def from_checkpoint(
     )
     logger.info("%s", model.report)
     return model
+
+
+def freeze_uncounted(model: FPN, report: Report) -> str:
+    """Freezes the batch norm whose counter the checkpoint lacks, which was frozen there; says where that is."""
+    uncounted = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.BatchNorm2d and f"{name}.{COUNTER}" not in report.matched
+    }
+    freeze_norms(model, list(uncounted.values()))
+    return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in uncounted))
 
 
 def the_one_naming(state: Entries) -> Names:

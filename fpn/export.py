@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+from fpn.output import written_whole
 from fpn.pyramid import FPN
 
 
@@ -46,25 +47,33 @@ def export_onnx(model: FPN, path: str | PathLike[str]) -> None:
     Batch, height and width are open, of any size from 1. The operators are standard ONNX, of opset 18 or later.
 
     Args:
-        model: in eval mode, fused or not: batch norm is folded in the file.
-        path: of the file.
+        model: in eval mode, in float32 or float16, fused or not: batch norm is folded in the file.
+        path: of the file. A link is followed; a file that is there is replaced once the new one is whole.
 
     Raises:
         ImportError: onnx or onnxscript, which PyTorch's exporter needs, is not installed.
-        RuntimeError, ValueError: as `export_program`.
+        OSError: what is at `path` is no regular file, or it cannot be written.
+        ValueError: the model is of another dtype, in which ONNX Runtime has no convolution; or as `export_program`.
+        RuntimeError: as `export_program`.
     """
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if not dtypes <= {torch.float32, torch.float16}:
+        raise ValueError(
+            f"ONNX export needs a model in float32 or float16, as ONNX Runtime does; got {', '.join(map(str, dtypes))}"
+        )
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ImportError(f"ONNX export needs {' and '.join(missing)}: pip install onnx onnxscript")
     finest = model.strides[0].bit_length() - 1  # the k of Pk, whose stride is 2^k
-    torch.onnx.export(
-        export_program(model),
-        (),
-        path,
-        input_names=["images"],
-        output_names=[f"p{k}" for k in range(finest, finest + len(model.strides))],
-        dynamic_shapes=dynamic_shapes(model),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with written_whole([path]) as (unfinished,):
+        torch.onnx.export(
+            export_program(model),
+            (),
+            unfinished,
+            input_names=["images"],
+            output_names=[f"p{k}" for k in range(finest, finest + len(model.strides))],
+            dynamic_shapes=dynamic_shapes(model),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )

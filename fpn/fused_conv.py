@@ -1,4 +1,4 @@
-"""A convolution in its inference form, with what follows it: batch norm, an addition, a ReLU."""
+"""A convolution in its inference form, with what follows it: batch norm, an addition, an activation."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fpn import winograd
+from fpn.activation import RELU, Activation
+from fpn.tracing import is_recorded, is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 class FusedConv2d(nn.Module):
-    """relu(conv(x) + addend), with the batch norm that followed the convolution folded into it.
+    """activation(conv(x) + addend), with the batch norm that followed the convolution folded into it.
+
+    Its weight is contiguous, whatever layout the module is asked to take: it is what an exported program holds.
 
     On the CPU, where no gradient is recorded and nothing is traced, the weights are prepared once. A change in place
     that PyTorch does not count is not seen there: one through `.data`, or of an inference tensor but by
@@ -30,48 +32,65 @@ class FusedConv2d(nn.Module):
     Args:
         conv: the convolution; its options, dtype and device are kept.
         norm: the batch norm after it; None where there is none.
-        relu: whether a ReLU comes last.
+        activation: what comes last; None where nothing does.
+
+    Raises:
+        ValueError: with the norm in it, the weights are larger than their dtype can hold.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None = None, *, relu: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None = None, activation: Activation | None = None) -> None:
         super().__init__()
         self.conv = conv if norm is None else fold(conv, norm)
-        self.relu = relu
+        self.activation = activation
         self.prepared: dict[object, Prepared] = {}
+        make_contiguous(self.conv)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"prepared": {}}  # in layouts that can be neither copied nor saved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.prepared.clear()
-        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        make_contiguous(self.conv)
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.prepared.clear()
         super()._load_from_state_dict(*args)
 
-    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """The map, in channels_last memory.
+    def forward(self, x: Tensor, addend: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """The map, in channels_last memory; where it is recorded for elsewhere, in the layout that the operators give.
 
         Args:
             x: Tensor[N, in_channels, H, W].
-            addend: of the output's shape, in memory of its own; it may be overwritten.
+            addend: of the output's shape.
+            overwrite: whether the memory of `addend` may be used for the output.
         """
+        if type(x) is not Tensor or is_recorded() or x.dim() != 4:
+            return self.plain(x, addend)
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = autocast_dtype(x)
         if not fits(self.conv, x, addend, dtype) or not one_pass_works(working_dtype(dtype)):
-            y: Tensor = self.conv(x)
-            if addend is not None:
-                y += addend
-            return y.relu_() if self.relu else y
+            return self.plain(x, addend)
         x = x.to(working_dtype(dtype))
-        addend = None if addend is None else addend.to(x.dtype)
         bias = None if self.conv.bias is None else self.conv.bias.to(x.dtype)
+        if addend is not None:
+            addend = addend.to(x.dtype)  # a copy, unless it is of that dtype
         if winograd.serves(self.conv, x):
-            y = winograd.conv2d(x, self.weight_for(x, winograd.transform), bias, addend, self.relu)
+            y = winograd.conv2d(x, self.weight_for(x, winograd.transform), bias, addend, self.activation)
         else:
-            y = one_pass(self.conv, x, self.weight_for(x, pack), bias, addend, self.relu)
+            if addend is not None and not overwrite:
+                addend = addend.clone()
+            y = one_pass(self.conv, x, self.weight_for(x, pack), bias, addend, self.activation)
         return y.to(dtype)
+
+    def plain(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        """The same by PyTorch's documented operators, none of which writes into anything."""
+        y = self.conv._conv_forward(x, self.conv.weight, self.conv.bias)
+        if addend is not None:
+            total = y + addend
+            y = total if total.dtype == y.dtype else total.to(y.dtype)
+        return y if self.activation is None else self.activation(y)
 
     def weight_for(self, x: Tensor, prepare: Callable[[nn.Conv2d, Tensor], Tensor]) -> Tensor:
         """The weight as `prepare` makes it, for the first map of each dtype and once for all."""
@@ -96,7 +115,17 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     device, dtype = conv.weight.device, conv.weight.dtype
     wide_conv, wide_norm = (copy.deepcopy(module).cpu().double() for module in (conv, norm))
     wide = fuse_conv_bn_eval(cast(nn.Conv2d, wide_conv), cast(nn.BatchNorm2d, wide_norm))
-    return wide.to(device, dtype).requires_grad_(False)
+    folded = wide.to(device, dtype).requires_grad_(False)
+    if not all(parameter.isfinite().all() for parameter in folded.parameters()):
+        raise ValueError(f"folded into the convolution, its scale and shift are more than {dtype} can hold")
+    return folded
+
+
+def make_contiguous(conv: nn.Conv2d) -> None:
+    """Puts the weight in order in memory, the strides of dimensions of size 1 too, which some runtimes read."""
+    weight, requires_grad = conv.weight, conv.weight.requires_grad
+    if weight.stride() != torch.empty(weight.shape, device="meta").stride():
+        conv.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad)
 
 
 def pack(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -109,23 +138,35 @@ def pack(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def one_pass(
-    conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None, relu: bool
+    conv: nn.Conv2d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    activation: Activation | None,
 ) -> Tensor:
-    """relu(conv(x) + addend), in the memory of `addend`: oneDNN adds and clamps what is still in the cache.
+    """activation(conv(x) + addend), in the memory of `addend`: oneDNN adds and clamps what is still in the cache.
 
-    torch.compile turns the pattern into these same operators. They are not documented; hence `one_pass_works`.
+    torch.compile turns the pattern into these same operators. They are not documented; hence `one_pass_works`. After an
+    addition they have no activation but ReLU.
 
     Args:
         conv: for its options.
         weight: as `pack` gives it.
     """
     options = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-    if addend is None:
-        y = torch.ops.mkldnn._convolution_pointwise(x, *options, "relu" if relu else "none", [], "")
-    else:
-        last = "relu" if relu else None
+    if addend is not None:
+        last = "relu" if activation == RELU else None
         y = torch.ops.mkldnn._convolution_pointwise_.binary(addend, x, *options, "add", 1.0, last, [], None)
-    return cast(Tensor, y)
+        return cast(Tensor, y if activation in (None, RELU) else activation.apply_(y))
+    if activation is None or not is_post_operation(activation, x.dtype):
+        y = torch.ops.mkldnn._convolution_pointwise(x, *options, "none", [], "")
+        return cast(Tensor, y if activation is None else activation.apply_(y))
+    return cast(Tensor, torch.ops.mkldnn._convolution_pointwise(x, *options, *activation_arguments(activation)))
+
+
+def activation_arguments(activation: Activation) -> tuple[str, list[float], str]:
+    return activation.name, list(activation.scalars), activation.algorithm
 
 
 def fits(conv: nn.Conv2d, x: Tensor, addend: Tensor | None, dtype: torch.dtype) -> bool:
@@ -142,17 +183,6 @@ def fits(conv: nn.Conv2d, x: Tensor, addend: Tensor | None, dtype: torch.dtype) 
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     return torch.is_autocast_enabled("cpu") or conv.weight.dtype == dtype
-
-
-def is_traced() -> bool:
-    """Whether somebody records, transforms or differentiates forward what is computed."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -180,22 +210,43 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 @cache
 def one_pass_works(dtype: torch.dtype) -> bool:
     """Whether this torch has `one_pass` for that dtype on this processor, and it computes what it should."""
-    conv = nn.Conv2d(2, 2, 1, device="meta")
-    conv.weight = nn.Parameter(torch.eye(2, dtype=dtype, device="cpu")[:, :, None, None])
-    bias = torch.ones(2, dtype=dtype, device="cpu")
+    uses = (
+        (False, None, [-2, 0, 1, 3]),
+        (False, RELU, [0, 0, 1, 3]),
+        (True, RELU, [0, 0, 1, 5]),
+        (True, None, [-5, -1, 1, 5]),
+    )
     with torch.inference_mode():
-        x = torch.tensor([-3.0, -1.0, 0.0, 2.0], dtype=dtype, device="cpu").reshape(1, 1, 2, 2).expand(1, 2, 2, 2)
-        x = x.contiguous(memory_format=torch.channels_last)
-        uses = (
-            (None, False, [-2, 0, 1, 3]),
-            (None, True, [0, 0, 1, 3]),
-            (x.clone(), True, [0, 0, 1, 5]),
-            (x.clone(), False, [-5, -1, 1, 5]),
-        )
+        conv, x, bias = sample(dtype)
         try:
             weight = pack(conv, x)
             return all(
-                one_pass(conv, x, weight, bias, addend, relu)[0, 1].flatten().tolist() == y for addend, relu, y in uses
+                one_pass(conv, x, weight, bias, x.clone() if added else None, activation)[0, 1].flatten().tolist() == y
+                for added, activation, y in uses
             )
         except (AttributeError, RuntimeError):
             return False
+
+
+@cache
+def is_post_operation(activation: Activation, dtype: torch.dtype) -> bool:
+    """Whether oneDNN applies that activation to a convolution in that dtype, and computes what it should."""
+    if activation == RELU:
+        return True  # `one_pass_works` has tried it
+    with torch.inference_mode():
+        conv, x, bias = sample(dtype)
+        options = (pack(conv, x), bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+        try:
+            y = torch.ops.mkldnn._convolution_pointwise(x, *options, *activation_arguments(activation))
+        except RuntimeError:
+            return False
+        expected = activation((x + 1).double())
+        return bool(torch.allclose(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps))
+
+
+def sample(dtype: torch.dtype) -> tuple[nn.Conv2d, Tensor, Tensor]:
+    """A convolution by the identity, its input -3, -1, 0 and 2, and its bias of 1."""
+    conv = nn.Conv2d(2, 2, 1, device="meta")
+    conv.weight = nn.Parameter(torch.eye(2, dtype=dtype, device="cpu")[:, :, None, None])
+    x = torch.tensor([-3.0, -1.0, 0.0, 2.0], dtype=dtype, device="cpu").reshape(1, 1, 2, 2).expand(1, 2, 2, 2)
+    return conv, x.contiguous(memory_format=torch.channels_last), torch.ones(2, dtype=dtype, device="cpu")

@@ -52,17 +52,20 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatchNorm2d:
-        """The frozen layer that computes what `norm` computes in eval mode."""
+        """The frozen layer that computes what `norm` computes in eval mode, in the mode of `norm`.
+
+        Raises:
+            ValueError: `norm` has no running statistics.
+        """
         if norm.running_mean is None or norm.running_var is None:
             raise ValueError("a batch norm without running statistics (track_running_stats=False) cannot be frozen")
         frozen = cls(norm.num_features, norm.eps).to(norm.running_mean.device, norm.running_mean.dtype)
         with torch.no_grad():
-            if norm.affine:
-                frozen.weight.copy_(norm.weight)
-                frozen.bias.copy_(norm.bias)
-            frozen.running_mean.copy_(norm.running_mean)
-            frozen.running_var.copy_(norm.running_var)
-        return frozen
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                value = getattr(norm, name)
+                if value is not None:  # affine=False has neither weight nor bias, bias=False no bias
+                    getattr(frozen, name).copy_(value)
+        return frozen.train(norm.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)  # BatchNorm2d has it; a constant layer counts nothing
@@ -79,12 +82,3 @@ class FrozenBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
-
-
-def freeze_batch_norm(module: nn.Module) -> nn.Module:
-    """`module` with every batch norm in it (SyncBatchNorm too) replaced by the `FrozenBatchNorm2d` of its values."""
-    if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-        return FrozenBatchNorm2d.from_batch_norm(module)
-    for name, child in module.named_children():
-        setattr(module, name, freeze_batch_norm(child))
-    return module

@@ -10,11 +10,14 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpn.changes import Changes
+from fpn.freezing import freeze
 from fpn.fuse import fuse
 from fpn.fused_conv import FusedConv2d
 from fpn.norm import NormLayer, resolve_norm_layer
+from fpn.recognition import all_is_watched, is_watched
 from fpn.resnet import ResNet, build
-from fpn.weights import Report, freeze, load_weights
+from fpn.weights import Report, load_weights
 
 UPSAMPLE: dict[str, dict[str, Any]] = {
     "bilinear": {"mode": "bilinear", "align_corners": False},
@@ -113,6 +116,8 @@ class FPN(nn.Module):
         out_channels: channels of every level.
         strides: pixels of the image per cell of every level, extra levels included.
         report: how its checkpoint was loaded; None where none was.
+        freezing: what `trainable_layers` has frozen, and what of those layers it has left and why; else None.
+        fusion: of a model that `fuse` has made: what was fused, and what computes as before and why; else None.
 
     Raises:
         ValueError: an option is unknown, or channels and strides are neither announced nor given.
@@ -161,6 +166,8 @@ class FPN(nn.Module):
         self.out_channels = out_channels
         self.strides = map_strides + tuple(map_strides[-1] * stride for stride in self.extra.strides)
         self.report: Report | None = None
+        self.freezing: Changes | None = None
+        self.fusion: Changes | None = None
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The pyramid, finest level first: P2, P3, P4, P5, then the extra levels.
@@ -186,10 +193,17 @@ class FPN(nn.Module):
     def fuse(self) -> FPN:
         """The inference form: the same outputs, within rounding, in less time and memory.
 
-        Batch norm, plain or frozen, of a trunk of `fpn.resnet` and of the neck is folded into the convolutions. All
-        weights, and with them every map from the first convolution to the levels, are in channels_last memory, in
-        which the RoI operators read them without a copy. A trunk of another library keeps its layers; its weights
-        change their layout.
+        Batch norm, plain or frozen, and the activation after it are put into the convolutions of a trunk of
+        `fpn.resnet`, of the neck and of P6 and P7. Every map from the first convolution to the levels is in
+        channels_last memory, in which the RoI operators read it without a copy. Weights are contiguous, and what
+        `torch.export` makes of the model has no layout of ours.
+
+        A layer is fused if its class, its parameters and its hooks say what it computes: `nn.Conv2d`; `nn.BatchNorm2d`,
+        `nn.SyncBatchNorm` and FrozenBatchNorm2d with statistics; ReLU, LeakyReLU, ReLU6, Hardtanh, Hardswish, SiLU and
+        GELU, or another activation after the convolution and its norm; `nn.Sequential` of these; blocks and stages
+        of `fpn.resnet`. All else computes as before: other classes, subclasses, wrappers, what has hooks, a method of
+        its own, a parametrization or pruning. Such parts are named, with the reason, in the new model's `fusion.left`,
+        which is also logged, at level WARNING where there are any.
 
         On the CPU 3×3 convolutions of many channels are computed by Winograd's algorithm (`fpn.winograd`), and float16
         and bfloat16 in float32, rounded after each convolution, where the processor has no arithmetic for them. Each
@@ -203,6 +217,7 @@ class FPN(nn.Module):
 
         Raises:
             ValueError: the model, or a batch norm in it, is in training mode.
+            RuntimeError: something that is in the model cannot be copied.
         """
         return fuse(self)
 
@@ -221,8 +236,8 @@ class FPN(nn.Module):
 
 def add_lateral(upsampled: Tensor, lateral: nn.Module, c: Tensor) -> Tensor:
     """lateral(c) + upsampled, in the memory of `upsampled`, which nobody else reads."""
-    if isinstance(lateral, FusedConv2d):
-        return cast(Tensor, lateral(c, upsampled))
+    if type(lateral) is FusedConv2d and lateral.activation is None and not is_watched(lateral):
+        return cast(Tensor, lateral(c, upsampled, not all_is_watched()))
     return upsampled.add_(lateral(c))
 
 
@@ -263,7 +278,7 @@ def build_fpn(
     model = FPN(build(ResNet, variant, **(trunk or {})), **pyramid)
     if weights is not None:
         model.report = load_weights(model, weights, variant)
-    freeze(model.bottom_up, trainable_layers)
+    model.freezing = freeze(model.bottom_up, trainable_layers)
     return model
 
 

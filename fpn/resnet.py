@@ -6,15 +6,13 @@ Wide ResNet: Zagoruyko & Komodakis (2016). State keys are torchvision's without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from fpn.changes import Changes
+from fpn.checkpointing import checkpointing_of, run_stage
 from fpn.norm import NormLayer, resolve_norm_layer
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # before a block's expansion
@@ -145,8 +143,9 @@ class ResNet(nn.Module):
         returned_layers: which of layer1 … layer4 give the maps that are returned, finest first; the last is 4. Default
             all of them, C2 to C5; (2, 3, 4) is RetinaNet's and FCOS's choice.
         checkpoint_stages: for C2, C3, C4 and C5, whether the backward pass computes what is inside the stage's blocks
-            again instead of keeping it (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016). Gradients
-            and running statistics are the same.
+            again instead of keeping it (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016). Gradients,
+            running statistics and other buffers are the same, and so are random numbers. Hooks inside the blocks run
+            twice. `checkpointing` says what is computed again, and what is not and why.
 
     Attributes:
         in_channels: channels of the images.
@@ -227,6 +226,13 @@ class ResNet(nn.Module):
             for layer, channels, stride in zip(self.returned_layers, self.out_channels, self.strides, strict=True)
         ]
 
+    @property
+    def checkpointing(self) -> Changes:
+        """Which of the stages that `checkpoint_stages` names are computed again and how; which are not and why."""
+        stages = {f"layer{number}": self.get_submodule(f"layer{number}") for number in (1, 2, 3, 4)}
+        asked = {name for name, wanted in zip(stages, self.checkpoint_stages, strict=True) if wanted}
+        return checkpointing_of({name: stage for name, stage in stages.items() if name in asked})
+
     def _initialise(self, zero_init_residual: bool) -> None:
         """He et al., Delving Deep into Rectifiers (2015), eq. 10, by fan-out; norms start as the identity."""
         for module in self.modules():
@@ -260,35 +266,6 @@ class ResNet(nn.Module):
         c4 = run_stage(self.layer3, c3, in_c4)
         c5 = run_stage(self.layer4, c4, in_c5)
         return tuple((c2, c3, c4, c5)[layer - 1] for layer in self.returned_layers)
-
-
-def run_stage(stage: nn.Sequential, x: Tensor, checkpointed: bool) -> Tensor:
-    """The stage's map; `checkpointed` keeps the inputs of its blocks alone for the backward pass."""
-    if not (checkpointed and torch.is_grad_enabled()):
-        return cast(Tensor, stage(x))
-    for block in stage:
-        contexts = partial(contexts_of_both_passes, block)
-        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return x
-
-
-def contexts_of_both_passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds a block in the forward pass, and when the backward pass computes it again."""
-    return nullcontext(), unmoved_statistics(block)
-
-
-@contextmanager
-def unmoved_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norm in training mode computes what it did before and does not count the batch a second time."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, counter) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
 def make_stage(

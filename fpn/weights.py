@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fpn.files import CheckpointError as CheckpointError
 from fpn.files import read_checkpoint as read_checkpoint
-from fpn.norm import freeze_batch_norm
+from fpn.freezing import freeze as freeze
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ IMAGENET_FILES = {
 }
 
 BATCH_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+NUMBERS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),  # of counters
+)
 COUNTER = "num_batches_tracked"  # a counter, not a weight: old checkpoints and frozen batch norm lack it
 
 
@@ -160,14 +165,23 @@ def load_matched(module: nn.Module, checkpoint: Mapping[str, Tensor], report: Re
     """Loads into `module` what a complete `report` has matched, once every value is found to be a number.
 
     Raises:
-        CheckpointError: an entry holds NaN or infinity, or is no plain tensor in memory; the module is as it was.
+        CheckpointError: an entry holds NaN or infinity, or is no plain tensor in memory, or the module is on the meta
+            device and cannot hold it; the module is as it was.
     """
+    own = module.state_dict()
+    for name in report.matched:
+        if own[name].is_meta:
+            raise CheckpointError(f"{name} of the model is on the meta device, which holds no numbers to load")
     for name in report.matched.values():
         tensor = checkpoint[name]
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
             raise CheckpointError(f"the checkpoint's {name} is no plain tensor of real numbers in memory")
         if not name.endswith(COUNTER) and not tensor.is_floating_point():
             raise CheckpointError(f"the checkpoint's {name} must be floating point; got {tensor.dtype}")
+        if tensor.dtype not in NUMBERS:
+            raise CheckpointError(
+                f"the checkpoint's {name} is of {tensor.dtype}; convert it, by its scale if it has one"
+            )
         if not tensor.isfinite().all():
             raise CheckpointError(f"the checkpoint's {name} holds NaN or infinity")
     # Not strict, for the counters alone: `complete` has seen to the rest.
@@ -201,7 +215,7 @@ def imagenet_checkpoint(variant: str, name: str) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             logger.info("downloading %s to %s", url, path)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=True)
+            torch.hub.download_url_to_file(url, os.path.realpath(path), hash_prefix=digest, progress=True)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"cannot download the weights {filename} ({error}): fetch {url} yourself and put it into {folder}"
@@ -237,27 +251,6 @@ def load_weights(model: nn.Module, weights: str | Path, variant: str) -> Report:
     if surplus:
         warnings.warn(f"{path} has entries that were not loaded: {report}", stacklevel=2)
     return report
-
-
-def freeze(trunk: nn.Module, trainable_layers: int) -> None:
-    """Freezes all but the last `trainable_layers` of a ResNet's stem, layer1, layer2, layer3 and layer4, in place.
-
-    Frozen parameters take no gradient, and frozen batch norm becomes `FrozenBatchNorm2d`: `train()` does not wake it.
-
-    Args:
-        trunk: a trunk of `fpn.resnet`.
-        trainable_layers: 0 (nothing is trained) to 5 (everything is).
-
-    Raises:
-        ValueError: `trainable_layers` is not in 0..5.
-    """
-    if not 0 <= trainable_layers <= 5:
-        raise ValueError(f"trainable_layers must be 0 to 5; got {trainable_layers}")
-    stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-    for stage in stages[: 5 - trainable_layers]:
-        for name in stage:
-            frozen = freeze_batch_norm(trunk.get_submodule(name)).requires_grad_(False)
-            setattr(trunk, name, frozen)
 
 
 def parameter_groups(model: nn.Module, trunk: nn.Module, *, lr: float, trunk_lr: float) -> list[dict[str, Any]]:

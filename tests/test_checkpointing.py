@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fpn import FPN, FPN18
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import Bottleneck, ResNet
-from tests.comparison import randomise
+from tests.comparison import randomise, relative_error
 
 ALL = (True, True, True, True)
 
@@ -130,3 +130,123 @@ def test_inference_recomputes_nothing() -> None:
 def test_wrong_length() -> None:
     with pytest.raises(ValueError, match=r"checkpoint_stages must be four booleans \(C2, C3, C4, C5\)"):
         small_fpn(checkpoint_stages=(True, True))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.module(x)
+
+
+def with_dropout(model: FPN) -> None:
+    for block in model.modules():
+        if isinstance(block, Bottleneck):
+            block.relu = nn.Sequential(nn.ReLU(), nn.Dropout(0.3))
+
+
+def with_spectral_norm(model: FPN) -> None:
+    nn.utils.parametrizations.spectral_norm(model.bottom_up.layer1[0].conv2)
+
+
+def with_synchronised_norm(model: FPN) -> None:
+    model.bottom_up = nn.SyncBatchNorm.convert_sync_batchnorm(model.bottom_up)
+
+
+def with_a_wrapped_stage(model: FPN) -> None:
+    model.bottom_up.layer2 = Wrapped(model.bottom_up.layer2)
+
+
+def with_a_block_twice(model: FPN) -> None:
+    model.bottom_up.layer1.append(model.bottom_up.layer1[1])
+
+
+def with_a_compiled_stage(model: FPN) -> None:
+    model.bottom_up.layer2 = torch.compile(model.bottom_up.layer2, backend="aot_eager")
+
+
+def with_a_compiled_block(model: FPN) -> None:
+    model.bottom_up.layer2[0] = torch.compile(model.bottom_up.layer2[0], backend="aot_eager")
+
+
+def with_a_hooked_stage(model: FPN) -> None:
+    model.bottom_up.layer2.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def compared(plain: FPN, model: FPN, call: Any, backwards: int = 1) -> None:
+    """A training step of each with the same random numbers: gradients, buffers, and where the generator then stands."""
+    images, random = torch.randn(2, 3, 64, 64), []
+    for network in (plain, call):
+        torch.manual_seed(0)
+        loss = sum(level.square().mean() for level in network(images))
+        for time in range(backwards):
+            loss.backward(retain_graph=time < backwards - 1)
+        random.append(torch.rand(1))
+    assert torch.equal(*random)
+    for (name, ours), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert relative_error(ours.grad, expected.grad) < 1e-4, name  # a compiler adds in another order
+    for (name, ours), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "compiled"),
+    [
+        (with_dropout, None),
+        (with_spectral_norm, None),
+        (with_synchronised_norm, None),
+        (with_a_wrapped_stage, None),
+        (with_a_block_twice, None),
+        (with_a_hooked_stage, None),
+        (None, with_a_compiled_stage),
+        (None, with_a_compiled_block),
+    ],
+)
+def test_whatever_the_blocks_hold(change: Any, compiled: Any, backwards: int) -> None:
+    if compiled is not None and backwards == 2:
+        pytest.skip("torch.compile frees what it keeps after one backward pass")
+    plain = small_fpn()
+    if change is not None:
+        change(plain)
+    model = copy.deepcopy(plain)
+    model.bottom_up.checkpoint_stages = ALL
+    if compiled is not None:
+        torch._dynamo.reset()
+        compiled(model)
+    compared(plain, model, model, backwards)
+
+
+@pytest.mark.parametrize("change", [None, with_synchronised_norm, with_spectral_norm, with_a_wrapped_stage])
+def test_under_a_compiler(change: Any) -> None:
+    torch._dynamo.reset()
+    plain = small_fpn()
+    if change is not None:
+        change(plain)
+    model = copy.deepcopy(plain)
+    model.bottom_up.checkpoint_stages = ALL
+    compared(plain, model, torch.compile(model, backend="aot_eager"))
+
+
+def test_the_report_of_what_is_computed_again() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = small_fpn(checkpoint_stages=(True, True, True, False))
+    with_a_wrapped_stage(model)
+    model.bottom_up.layer3 = checkpoint_wrapper(model.bottom_up.layer3)
+    changes = model.bottom_up.checkpointing
+    assert changes.replaced["layer1"] == "computed again block by block"
+    assert "as a whole: it is tests.test_checkpointing.Wrapped" in changes.replaced["layer2"]
+    assert "CheckpointWrapper" in changes.left["layer3"]
+    assert "layer4" not in {**changes.replaced, **changes.left}
+    with pytest.warns(UserWarning, match="a stage is not checkpointed: there is a .*CheckpointWrapper in it"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_transforms_and_exports_take_the_plain_stage() -> None:
+    model = small_fpn(checkpoint_stages=ALL).eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.func.grad(lambda x: model(x)[0].sum())(images).shape == images.shape
+    torch.export.export(model, (images,), strict=False)

@@ -425,7 +425,7 @@ def flattened(outputs: Any) -> list[Tensor]:
 def test_a_conv_head_of_anothers_is_left() -> None:
     edits: dict[str, Callable[[Any], object]] = {
         "Changed, not torchvision's": subclass,
-        "cls_logits has hooks": lambda head: head.cls_logits.register_forward_hook(print),
+        "cls_logits: it has hooks": lambda head: head.cls_logits.register_forward_hook(print),
     }
     for reason, edit in edits.items():
         head = conv_heads()["RPN"]().eval()
@@ -521,11 +521,11 @@ LEFT: dict[str, tuple[Build, dict[str, str]]] = {
     "names": (edited(rename_a_level), {"backbone": "its levels are not called 0, 1, … but 0, one, 2, 3"}),
     "a hook": (
         edited(lambda d: d.backbone.body.layer4.register_forward_hook(print)),
-        {"backbone": "body.layer4 has hooks or a forward of its own"},
+        {"backbone": "body.layer4: it has hooks"},
     ),
     "a forward": (
         edited(lambda d: setattr(d.backbone.body.conv1, "forward", abs)),
-        {"backbone": "body.conv1 has hooks or a forward of its own"},
+        {"backbone": "body.conv1: it has a forward of its own"},
     ),
     "a pooler": (
         edited(lambda d: subclass(d.roi_heads.box_roi_pool)),

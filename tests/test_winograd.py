@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn import winograd
+from fpn.activation import RELU
 from fpn.fused_conv import FusedConv2d, one_pass_works
 from tests.comparison import relative_error
 
@@ -52,7 +53,7 @@ def test_equals_the_plain_convolution(batch: int, height: int, width: int, chann
     before = x.clone(), addend.clone()
     for addition in (None, addend):
         for relu in (False, True):
-            y = winograd.conv2d(x, weight, conv.bias, addition, relu)
+            y = winograd.conv2d(x, weight, conv.bias, addition, RELU if relu else None)
             wanted = expected if addition is None else expected + addition
             assert relative_error(y, wanted.relu() if relu else wanted) < ALLOWED
             assert y.shape == expected.shape
@@ -149,7 +150,7 @@ def test_strides_of_any_kind(change: Callable[[Tensor], Tensor]) -> None:
     conv, x = problem(2, 8, 12, 30, 34)
     conv.weight.data = conv.weight.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     x = change(x)
-    y = winograd.conv2d(x, winograd.transform(conv, x), conv.bias, None, False)
+    y = winograd.conv2d(x, winograd.transform(conv, x), conv.bias, None, None)
     assert relative_error(y, exact(conv, x)) < ALLOWED
 
 
@@ -159,9 +160,9 @@ def test_numbers_that_are_not_finite_stay_near(value: float) -> None:
     """In the tiles whose 6×6 inputs they are among, and nowhere else."""
     conv, x = problem(2, 8, 8, 32, 32)
     weight = winograd.transform(conv, x)
-    finite = winograd.conv2d(x, weight, conv.bias, None, False)
+    finite = winograd.conv2d(x, weight, conv.bias, None, None)
     x[1, 3, 12, 17] = value
-    y = winograd.conv2d(x, weight, conv.bias, None, False)
+    y = winograd.conv2d(x, weight, conv.bias, None, None)
     reached = torch.zeros(2, 32, 32, dtype=torch.bool)
     reached[1, 8:16, 16:20] = True  # row 12 is in the tile row 12-15 and just below that of 8-11
     assert not y.isfinite().all(dim=1)[reached].any()
@@ -177,7 +178,7 @@ def test_half_precision_is_computed_in_float32_where_the_processor_has_no_other(
     monkeypatch.setattr("fpn.fused_conv.working_dtype", lambda dtype: torch.float32)
     conv, x = problem(2, 128, 128, 20, 20)
     conv, x = conv.to(dtype), x.to(dtype)
-    fused = FusedConv2d(conv, relu=True)
+    fused = FusedConv2d(conv, activation=RELU)
     addend = torch.randn_like(x)
     with torch.inference_mode():
         y = fused(x, addend.clone())

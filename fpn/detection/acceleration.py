@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fpn.changes import Changes
 from fpn.checkpoint import export_state_dict
 from fpn.detection.adapters import TorchvisionBackbone
 from fpn.detection.box_head import FusedTwoMLPHead
 from fpn.fused_conv import FusedConv2d
+from fpn.recognition import class_name
 from roi import MultiScaleRoIAlign
 
 logger = logging.getLogger(__name__)
@@ -21,22 +22,8 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Acceleration:
-    """What `accelerate` did to a model.
-
-    Attributes:
-        replaced: name of a module in the model -> what is there now.
-        left: name of a module that is as it was -> why.
-    """
-
-    replaced: Mapping[str, str]
-    left: Mapping[str, str]
-
-    def __str__(self) -> str:
-        replaced = [f"replaced {name}: {what}" for name, what in self.replaced.items()]
-        left = [f"left {name} as it was: {why}" for name, why in self.left.items()]
-        return "\n".join([*replaced, *left]) or "there was nothing to replace"
+class Acceleration(Changes):
+    """What `accelerate` did to a model: by name what is there now, and what is as it was and why."""
 
 
 def accelerate(model: Model, *, fuse: bool = False) -> Model:
@@ -74,7 +61,7 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a detector, an nn.Module; got {type(model).__name__}")
-    from fpn.detection.conversion import class_name, convert_backbones, convert_poolers
+    from fpn.detection.conversion import convert_backbones, convert_poolers
     from fpn.detection.heads import fuse_box_heads, fuse_conv_heads
 
     own = {module: module for module in model.modules() if isinstance(module, TorchvisionBackbone)}
@@ -93,6 +80,10 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     left |= left_poolers
 
     replaced = put(model, replacements)
+    for name in replaced:
+        part = model.get_submodule(name)
+        if fuse and isinstance(part, TorchvisionBackbone) and part.fpn.fusion is not None:
+            left |= {f"{name}.fpn.{inner}": why for inner, why in part.fpn.fusion.left.items()}
     if fuse:
         heads, left_heads = fuse_conv_heads(model)
         replaced |= put(model, {**fuse_box_heads(model), **heads})

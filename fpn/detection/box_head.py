@@ -28,4 +28,4 @@ class FusedTwoMLPHead(nn.Module):
     def forward(self, rois: Tensor) -> Tensor:
         """Tensor[K, C, height, width] -> Tensor[K, features]."""
         x = rois.permute(0, 2, 3, 1).flatten(1)
-        return F.relu_(self.fc7(F.relu_(self.fc6(x))))
+        return F.relu(self.fc7(F.relu(self.fc6(x))))

@@ -13,9 +13,9 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from fpn.detection.adapters import TorchvisionBackbone
-from fpn.fuse import is_touched
 from fpn.norm import FrozenBatchNorm2d
 from fpn.pyramid import FPN, P6P7
+from fpn.recognition import class_name, obstacle
 from fpn.resnet import BasicBlock, Block, Bottleneck, ResNet
 from roi import MultiScaleRoIAlign
 
@@ -186,14 +186,10 @@ def check_class(where: str, module: object, expected: type[nn.Module]) -> None:
 
 
 def check_untouched(module: nn.Module) -> None:
-    """Raise where a part of `module` has hooks, or a forward of its own, which would be lost."""
+    """Raise where a part of `module` has hooks or a method of its own, which would be lost."""
     for name, part in module.named_modules():
-        if is_touched(part):
-            raise ValueError(f"{name or 'it'} has hooks or a forward of its own")
-
-
-def class_name(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+        if why := obstacle(part):
+            raise ValueError(f"{name}: {why}" if name else why)
 
 
 def some(names: Iterable[str]) -> str:

@@ -16,9 +16,9 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import Conv2dNormActivation
 
 from fpn.detection.box_head import FusedTwoMLPHead
-from fpn.detection.conversion import check_untouched, class_name, convert_all
-from fpn.fuse import is_batch_norm, is_plain_conv, is_untouched
-from fpn.fused_conv import FusedConv2d
+from fpn.detection.conversion import check_untouched
+from fpn.fuse import Fuser, children_of
+from fpn.recognition import class_name, is_untouched
 from roi import MultiScaleRoIAlign
 
 CONV_HEADS: tuple[type[nn.Module], ...] = (
@@ -31,14 +31,25 @@ CONV_HEADS: tuple[type[nn.Module], ...] = (
     RetinaNetRegressionHead,
     RPNHead,
 )
+# Of torchvision's classes, those that call one child after the other and do nothing else.
+SEQUENCES = (nn.Sequential, Conv2dNormActivation, FastRCNNConvFCHead, KeypointRCNNHeads, MaskRCNNHeads)
 
 
 def fuse_conv_heads(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
-    """Every head of torchvision's inside `model` with fused convolutions, and, by name, why there is none."""
-    return convert_all(model, CONV_HEADS, fuse_conv_head)
+    """Every head of torchvision's inside `model` with fused convolutions, and, by name, what was left and why."""
+    fused, left = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, CONV_HEADS) and module is not model:
+            fuser = Fuser(SEQUENCES)
+            try:
+                fused[module] = fuse_conv_head(module, name, fuser)
+            except ValueError as reason:
+                left[name] = str(reason)
+            left |= fuser.left
+    return fused, left
 
 
-def fuse_conv_head(head: nn.Module) -> nn.Module:
+def fuse_conv_head(head: nn.Module, name: str, fuser: Fuser) -> nn.Module:
     """A copy with fused convolutions.
 
     Raises:
@@ -50,29 +61,14 @@ def fuse_conv_head(head: nn.Module) -> nn.Module:
     if any(layer.training for layer in head.modules()):
         raise ValueError("it is in training mode")
     fused = copy.deepcopy(head).requires_grad_(False)
-    fuse_convolutions(fused)
+    children = [(f"{name}.{key}", child) for key, child in children_of(fused)]
+    if type(head) in SEQUENCES:
+        layers = fuser.fuse_chain(children)
+    else:
+        layers = [fuser.fuse_layer(child, path) for path, child in children]
+    for (key, _), layer in zip(children_of(fused), layers, strict=True):
+        setattr(fused, key, layer)
     return fused.eval()
-
-
-def fuse_convolutions(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        fused = fuse_layer(child)
-        if fused is not child:
-            setattr(module, name, fused)
-        elif not isinstance(child, FusedConv2d):
-            fuse_convolutions(child)
-
-
-def fuse_layer(layer: Any) -> nn.Module:
-    """One convolution with the batch norm and the ReLU after it; any other module as it is."""
-    if is_plain_conv(layer):
-        return FusedConv2d(layer)
-    if type(layer) is Conv2dNormActivation and is_plain_conv(layer[0]) and type(layer[-1]) is nn.ReLU:
-        if len(layer) == 2:
-            return FusedConv2d(layer[0], relu=True)
-        if len(layer) == 3 and is_batch_norm(layer[1]):
-            return FusedConv2d(layer[0], layer[1], relu=True)
-    return layer  # type: ignore[no-any-return]
 
 
 def fuse_box_heads(model: nn.Module) -> dict[nn.Module, FusedTwoMLPHead]:
