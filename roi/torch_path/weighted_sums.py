@@ -35,41 +35,71 @@ class Lookups(NamedTuple):
     weights: Array  # [bins, lookups of each]
     empty: Array | None  # [bins] of bool: those to be 0 whatever their lookups are; None where there is none
 
+    def cut(self, start: int, end: int, size: int) -> Lookups:
+        """Those of some bins, of `size` for each RoI."""
+        end = min(end, len(self.rows))
+        if end - start == len(self.rows):
+            return self
+        rois = taken(self.rois, slice(start // size, end // size))
+        empty = None if self.empty is None else self.empty[start:end]
+        return Lookups(rois, self.rows[start:end], self.weights[start:end], empty)
+
 
 class Sums(NamedTuple):
-    """Lookups whose sums are worth a parallel call, and where these go."""
+    """Lookups whose sums are worth a parallel call, and where these go. Those of bin i end at offsets[i + 1]."""
 
     places: Rows
     rows: Tensor
     weights: Tensor
-    empty: Tensor | None  # indices
+    offsets: Tensor
+    empty: Tensor | None  # bins that are 0 whatever their lookups are; None where there is none
 
-    def of(self, table: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, parts: list[Lookups], places: Rows) -> Sums:
+        rois = [
+            np.arange(part.rois.start, part.rois.stop) if isinstance(part.rois, slice) else part.rois for part in parts
+        ]
+        rows = np.concatenate([part.rows.ravel() for part in parts])
+        each = np.concatenate([np.full(len(part.rows), part.rows.shape[1]) for part in parts])
+        offsets = np.zeros(len(each) + 1, rows.dtype)
+        np.cumsum(each, out=offsets[1:])
+        empty = None
+        if any(part.empty is not None for part in parts):
+            flags = [np.zeros(len(part.rows), bool) if part.empty is None else part.empty for part in parts]
+            empty = torch.from_numpy(np.flatnonzero(np.concatenate(flags)))
+        rois = parts[0].rois if len(parts) == 1 else np.concatenate([indices(part.rois) for part in parts])
+        weights = np.concatenate([part.weights.ravel() for part in parts])
+        return cls(taken(places, rois), *(torch.from_numpy(x) for x in (rows, weights, offsets)), empty)
+
+    def values(self, table: Tensor) -> Tensor:
         """Tensor[bins, C] of Tensor[rows, C]."""
-        rows, weights = self.rows.to(table.device), self.weights.to(table.device, table.dtype)
-        each = rows.shape[1]
-        offsets = torch.arange(0, rows.numel() + 1, each, dtype=rows.dtype, device=rows.device)
-        sums = weighted_bags(table, rows.view(-1), weights.view(-1), offsets)
+        rows, offsets = self.rows.to(table.device), self.offsets.to(table.device)
+        sums = weighted_bags(table, rows, self.weights.to(table.device, table.dtype), offsets)
         return sums if self.empty is None else sums.index_fill_(0, self.empty.to(table.device), 0)
 
 
 def sums(cells: Cells, bins: BinWeights, places: Rows, channels: int) -> Iterator[Sums]:
     """What fills the output of the RoIs at `places`, of so many channels."""
     size = bins.lines[0] * bins.lines[1]
-    step = max(1, VALUES_AT_ONCE // (size * max(channels, 1)))
+    most = max(1, VALUES_AT_ONCE // (size * max(channels, 1)))
+    waiting: list[Lookups] = []
+    count = number = 0
     for found in lookups(cells, bins, slice(0, len(bins.sizes))):
-        count = len(found.rows) // size
-        for start in range(0, count, step):
-            some = slice(start * size, min(start + step, count) * size)
-            empty = None if found.empty is None else torch.from_numpy(np.flatnonzero(found.empty[some]))
-            place = taken(places, taken(found.rois, slice(start, min(start + step, count))))
-            yield Sums(place, torch.from_numpy(found.rows[some]), torch.from_numpy(found.weights[some]), empty)
+        for start in range(0, len(found.rows), most * size):
+            part = found.cut(start, start + most * size, size)
+            own = len(part.rows) // size
+            if waiting and (count + own > most or number + part.rows.size > LOOKUPS_AT_ONCE):
+                yield Sums.of(waiting, places)
+                waiting, count, number = [], 0, 0
+            waiting.append(part)
+            count, number = count + own, number + part.rows.size
+    yield Sums.of(waiting, places)
 
 
 def pool(table: Tensor, sums_: Iterator[Sums] | list[Sums], output: Tensor) -> None:
     """Fills rows of `output`, Tensor[K, C, h, w], with sums of the rows of Tensor[rows, C] `table`."""
     for part in sums_:
-        put(output, part.places, part.of(table))
+        put(output, part.places, part.values(table))
 
 
 class Sorted(NamedTuple):
@@ -86,7 +116,7 @@ def by_cell(cells: Cells, bins: BinWeights, places: Rows) -> Iterator[Sorted]:
     for part in parts_of(size * bins.sizes.prod(axis=1), LOOKUPS_AT_ONCE):
         row, weight, source = [], [], []
         for found in lookups(cells, bins, part):
-            own = np.arange(places.start, places.stop)[found.rois] if isinstance(places, slice) else places[found.rois]
+            own = indices(places)[found.rois]
             bin_ = (own[:, None] * size + np.arange(size)).reshape(-1, 1)
             bin_ = np.broadcast_to(bin_.astype(np.int32 if bin_[-1, 0] < 2**31 else np.int64), found.rows.shape)
             if found.empty is None:
@@ -100,6 +130,10 @@ def by_cell(cells: Cells, bins: BinWeights, places: Rows) -> Iterator[Sorted]:
         offsets = np.zeros(cells.rows + 1, sources.dtype)
         np.cumsum(np.bincount(rows, minlength=cells.rows), out=offsets[1:])
         yield Sorted(*(torch.from_numpy(x) for x in (sources[order], weights[order], offsets)))
+
+
+def indices(rois: Rows) -> Array:
+    return np.arange(rois.start, rois.stop) if isinstance(rois, slice) else rois
 
 
 def stable_order(keys: Array) -> Array:
