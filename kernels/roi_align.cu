@@ -44,7 +44,8 @@ roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __
     const long long row = blockIdx.x;
     const Coord* const box = rois + row * kBoxSize;
     const int image = image_of(box, batch_size);
-    const int level = image >= 0 ? level_of(inputs, box) : 0;
+    const int own = image >= 0 ? level_of(inputs, box) : -1;
+    const int level = max(own, 0);
     const int height = inputs.height[level];
     const int width = inputs.width[level];
     const T* const input = inputs.data[level];
@@ -57,9 +58,9 @@ roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __
     for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < items; i += gridDim.y * blockDim.x) {
         const Item item = Layout::item(i, channels, bins);
         T means[kChannels];
-        if (image < 0) {
+        if (own < 0) {
 #pragma unroll
-            for (int j = 0; j < kChannels; ++j) means[j] = narrow<T>(not_a_number<Number>());
+            for (int j = 0; j < kChannels; ++j) means[j] = narrow<T>(image < 0 ? not_a_number<Number>() : Number(0));
         } else {
             const unsigned bin_row = item.bin / static_cast<unsigned>(pooled_width);
             const Range rows = taps.bins[bin_row];
@@ -104,6 +105,7 @@ roi_align_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad
     if (image < 0) return;
 
     const int level = level_of(grad_inputs, box);
+    if (level < 0) return;
     const int height = grad_inputs.height[level];
     const int width = grad_inputs.width[level];
     const Taps<Number> taps = share_taps<Number>(box, grad_inputs.scale[level], height, width, pooled_height,

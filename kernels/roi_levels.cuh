@@ -18,20 +18,22 @@ template <typename T, typename Coord> struct Levels {
     int width[kMaxLevels];
     Coord canonical_scale;  // side of the boxes, in their units, that belong to
     Coord canonical_level;  // this level
-    Coord finest_level;     // level of the first map
+    Coord finest_level;     // -log2 of the first scale
+    Coord coarsest_level;   // -log2 of the last scale
     int count;
 };
 
-// Lin et al., Feature Pyramid Networks (2017), equation 1, as an index into Levels. A box without an area belongs to
-// the finest level.
+// Lin et al., Feature Pyramid Networks (2017), equation 1, clamped to the first and the last map's level, as an index into
+// Levels. A box without an area belongs to the first map. Where scales do not double, a box may belong to none: -1.
 template <typename T, typename Coord>
 __device__ __forceinline__ int level_of(const Levels<T, Coord>& levels, const Coord* box) {
     if (levels.count == 1) return 0;
     const Coord side = sqrt(multiply(box[3] - box[1], box[4] - box[2]));
     const Coord level = floor(levels.canonical_level + log2(side / levels.canonical_scale) + static_cast<Coord>(1e-6));
-    const Coord above = level - levels.finest_level;
-    // False for NaN, the root of a negative area.
-    return above > 0 ? static_cast<int>(min(above, static_cast<Coord>(levels.count - 1))) : 0;
+    // NaN is the root of a negative area.
+    const Coord known = isnan(level) ? levels.finest_level : max(level, levels.finest_level);
+    const int index = static_cast<int>(min(known, levels.coarsest_level) - levels.finest_level);
+    return index >= 0 && index < levels.count ? index : -1;
 }
 
 }  // namespace roi

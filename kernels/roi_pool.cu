@@ -35,7 +35,8 @@ roi_pool(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __r
     const long long row = blockIdx.x;
     const Coord* const box = rois + row * kBoxSize;
     const int image = image_of(box, batch_size);
-    const int level = image >= 0 ? level_of(inputs, box) : 0;
+    const int own = image >= 0 ? level_of(inputs, box) : -1;
+    const int level = max(own, 0);
     const int height = inputs.height[level];
     const int width = inputs.width[level];
     const T* const input = inputs.data[level];
@@ -50,7 +51,7 @@ roi_pool(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __r
         const Range rows = ranges[bin_row];
         const Range columns = ranges[pooled_height + item.bin - bin_row * pooled_width];
         const bool empty = rows.begin >= rows.end || columns.begin >= columns.end;
-        const bool pools = image >= 0 && !empty;
+        const bool pools = own >= 0 && !empty;
 
         Index cell = static_cast<Index>(rows.begin) * width + columns.begin;
         Number best[kChannels];
@@ -103,6 +104,7 @@ roi_pool_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad_
     if (image < 0) return;
 
     const int level = level_of(grad_inputs, box);
+    if (level < 0) return;
     const unsigned bins = static_cast<unsigned>(pooled_height) * static_cast<unsigned>(pooled_width);
     const unsigned items = static_cast<unsigned>(channels) * bins;
     const long long cells = static_cast<long long>(grad_inputs.height[level]) * grad_inputs.width[level];

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from roi._problem import memory_format
+from roi._outputs import empty_gradients
+from roi._problem import Maps, Pooling, memory_format
 from roi.kernels import get_kernel
 
 
@@ -46,10 +47,8 @@ ENOUGH_BLOCKS = 4096
 # Of the gather's shared memory: what leaves room for a few blocks on a multiprocessor.
 SLOTS_BYTES = 16 * 1024
 
-ONE_LEVEL = (1.0, 0.0)  # canonical scale and level, which say nothing where there is one map
 
-
-class Grid(NamedTuple):
+class LaunchGrid(NamedTuple):
     """Of a launch: blocks, threads in a block, bytes of dynamic shared memory."""
 
     blocks: tuple[int, int]
@@ -69,36 +68,32 @@ def levels_struct(coordinates: torch.dtype) -> np.dtype[np.void]:
             ("canonical_scale", number),
             ("canonical_level", number),
             ("finest_level", number),
+            ("coarsest_level", number),
             ("count", np.int32),
         ],
         align=True,
     )
 
 
-def levels(
-    maps: Sequence[Tensor], scales: Sequence[float], canonical: tuple[float, float], coordinates: torch.dtype
-) -> npt.NDArray[np.void]:
+def levels(maps: Sequence[Tensor], pooling: Pooling, coordinates: torch.dtype) -> npt.NDArray[np.void]:
     """The argument for a `Levels` parameter: CuPy passes a NumPy array of one structure by value."""
     sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
-    struct: npt.NDArray[np.void] = _levels_without_data(sizes, tuple(scales), canonical, coordinates).copy()
+    struct: npt.NDArray[np.void] = _levels_without_data(sizes, pooling, coordinates).copy()
     struct["data"][: len(maps)] = [x.data_ptr() for x in maps]
     return struct
 
 
 @lru_cache(maxsize=256)
 def _levels_without_data(
-    sizes: tuple[tuple[int, int], ...],
-    scales: tuple[float, ...],
-    canonical: tuple[float, float],
-    coordinates: torch.dtype,
+    sizes: tuple[tuple[int, int], ...], pooling: Pooling, coordinates: torch.dtype
 ) -> npt.NDArray[np.void]:
     struct = np.zeros((), levels_struct(coordinates))
     count = len(sizes)
-    struct["scale"][:count] = scales
+    struct["scale"][:count] = pooling.scales
     struct["height"][:count] = [height for height, _ in sizes]
     struct["width"][:count] = [width for _, width in sizes]
-    struct["canonical_scale"], struct["canonical_level"] = canonical
-    struct["finest_level"] = -math.log2(scales[0])
+    struct["canonical_scale"], struct["canonical_level"] = pooling.canonical_scale, pooling.canonical_level
+    struct["finest_level"], struct["coarsest_level"] = -math.log2(pooling.scales[0]), -math.log2(pooling.scales[-1])
     struct["count"] = count
     return struct
 
@@ -119,6 +114,11 @@ def feature_type(dtype: torch.dtype) -> str:
 def number_bytes(dtype: torch.dtype) -> int:
     """Size of what the kernels compute in, for features of that dtype."""
     return max(dtype.itemsize, 4)
+
+
+def flag(value: bool) -> str:
+    """C++ name of a bool."""
+    return str(value).lower()
 
 
 def layout(channels_last: bool, channels: int) -> str:
@@ -142,29 +142,31 @@ def ceil_divide(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
-def check_limits(
-    batch: int, channels: int, sizes: Sequence[tuple[int, int]], elements: int, pooled_height: int, pooled_width: int
-) -> None:
-    """Whether the kernels take maps of these sizes (height, width) and output of so many elements per box."""
-    if len(sizes) > MAX_LEVELS:
-        raise KernelLimitError(f"the CUDA kernels take at most {MAX_LEVELS} levels, got {len(sizes)}")
-    for height, width in sizes:
+def check_limits(maps: Maps, pooling: Pooling) -> None:
+    """Whether the kernels take such maps, and the output of a box."""
+    if len(maps.sizes) > MAX_LEVELS:
+        raise KernelLimitError(f"the CUDA kernels take at most {MAX_LEVELS} levels, got {len(maps.sizes)}")
+    for height, width in maps.sizes:
         if height > MAX_EXTENT or width > MAX_EXTENT:
             raise KernelLimitError(
                 f"the CUDA kernels take maps of at most 2**30 rows and columns, got {height} x {width}"
             )
-    if pooled_height < 1 or pooled_width < 1 or pooled_height + pooled_width > MAX_BINS_PER_SIDE:
+    bins = pooling.pooled_height, pooling.pooled_width
+    if min(bins) < 1 or sum(bins) > MAX_BINS_PER_SIDE:
         raise KernelLimitError(
             f"the CUDA kernels take an output size of at least 1 x 1 whose sides sum to at most {MAX_BINS_PER_SIDE}, "
-            f"got {pooled_height} x {pooled_width}"
+            f"got {bins[0]} x {bins[1]}"
         )
+    elements = pooling.output_channels(maps.channels) * pooling.bins
     if elements > MAX_EXTENT:
         raise KernelLimitError(
             f"the CUDA kernels take at most 2**30 output elements per box, got {elements}: "
-            f"{channels} channels and {pooled_height} x {pooled_width} bins"
+            f"{pooling.output_channels(maps.channels)} channels and {bins[0]} x {bins[1]} bins"
         )
-    if batch * channels >= 2**31:
-        raise KernelLimitError(f"the CUDA kernels take batch size x channels below 2**31, got {batch} x {channels}")
+    if maps.batch * maps.channels >= 2**31:
+        raise KernelLimitError(
+            f"the CUDA kernels take batch size x channels below 2**31, got {maps.batch} x {maps.channels}"
+        )
 
 
 def check_shared(shared_bytes: int, what: str) -> None:
@@ -174,26 +176,18 @@ def check_shared(shared_bytes: int, what: str) -> None:
         )
 
 
-def per_box(boxes: int, items: int, shared_bytes: int) -> Grid:
+def per_box(boxes: int, items: int, shared_bytes: int) -> LaunchGrid:
     """For kernels in which blockIdx.x is the box and a thread takes its items one by one."""
     threads = min(THREADS, 32 * ceil_divide(items, 32))
     blocks = min(ceil_divide(items, threads), ceil_divide(ENOUGH_BLOCKS, boxes), MAX_GRID_Y)
-    return Grid((boxes, blocks), (threads,), shared_bytes)
+    return LaunchGrid((boxes, blocks), (threads,), shared_bytes)
 
 
-def per_cell(
-    batch: int,
-    channels: int,
-    sizes: Sequence[tuple[int, int]],
-    channels_last: bool,
-    candidate_bytes: int,
-    weight_bytes: int,
-    pooled_height: int,
-    pooled_width: int,
-) -> tuple[Grid, int]:
+def per_cell(maps: Maps, pooling: Pooling, candidate_bytes: int, weight_bytes: int) -> tuple[LaunchGrid, int]:
     """Of the gather (roi_gather.cuh): the grid, and `slots`. `weight_bytes` is 0 where cells have no weights."""
     # Along x lie the neighbours in memory: a full warp of them, or as many as there are.
-    neighbours = ceil_divide(channels, CHANNELS_PER_THREAD) if channels_last else max(width for _, width in sizes)
+    channels_last, pooled_height, pooled_width = maps.channels_last, pooling.pooled_height, pooling.pooled_width
+    neighbours = ceil_divide(maps.channels, CHANNELS_PER_THREAD) if channels_last else max(maps.widths)
     across = min(32, 1 << (neighbours - 1).bit_length())
     down = THREADS // across
     while True:
@@ -210,26 +204,21 @@ def per_cell(
             across //= 2
     check_shared(rest + slot, f"the weights of {pooled_height} x {pooled_width} bins")
     slots = max(1, min(threads, SLOTS_BYTES // slot, (SHARED_BYTES - rest) // slot))
-    patches = sum(ceil_divide(height, rows) * ceil_divide(width, columns) for height, width in sizes)
-    groups = ceil_divide(channels, CHANNELS_PER_THREAD * (across if channels_last else 1))
-    grid = Grid((patches, min(batch * groups, MAX_GRID_Y)), (across, down), rest + slots * slot)
+    patches = sum(ceil_divide(height, rows) * ceil_divide(width, columns) for height, width in maps.sizes)
+    groups = ceil_divide(maps.channels, CHANNELS_PER_THREAD * (across if channels_last else 1))
+    grid = LaunchGrid((patches, min(maps.batch * groups, MAX_GRID_Y)), (across, down), rest + slots * slot)
     return grid, slots
 
 
-def gradient_maps(
-    grad: Tensor, batch: int, channels: int, sizes: Sequence[tuple[int, int]], channels_last: bool
-) -> list[Tensor]:
+def gradient_maps(grad: Tensor, maps: Maps) -> list[Tensor]:
     """What a backward kernel writes to: for a gather anything, in the dtype of `grad`; else zeros, at least float32."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     dtype = grad.dtype if deterministic else torch.promote_types(grad.dtype, torch.float32)
-    maps = [
-        torch.empty((batch, channels, *size), dtype=dtype, device=grad.device, memory_format=format_of(channels_last))
-        for size in sizes
-    ]
+    gradients = empty_gradients(grad.new_empty(0, dtype=dtype), maps)
     if grad.numel() == 0 or not deterministic:
-        for x in maps:
+        for x in gradients:
             x.zero_()
-    return maps
+    return gradients
 
 
 class _StreamHandle:
@@ -251,7 +240,7 @@ def _cupy_stream(handle: int, device: int) -> Any:
     return cupy.cuda.ExternalStream(handle, device)  # CuPy before 14
 
 
-def run(source: str, expression: str, grid: Grid, arguments: tuple[Any, ...], device: torch.device) -> None:
+def run(source: str, expression: str, grid: LaunchGrid, arguments: tuple[Any, ...], device: torch.device) -> None:
     """Launch an instantiation of a kernel in `kernels/` on torch's current stream of `device`."""
     index = device.index
     kernel = get_kernel(source, expression, index)

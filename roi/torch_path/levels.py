@@ -66,14 +66,13 @@ def assign(rois: Tensor, batch: int, pooling: Pooling) -> Assigned:
     if count == 1 and all_valid:
         return Assigned([OnLevel(0, boxes, slice(0, len(boxes)))] if len(boxes) else [], none, none)
     level = map_levels(torch.from_numpy(boxes), pooling).numpy() if count > 1 else np.zeros(len(boxes), np.int64)
-    if not all_valid:
-        level = np.where(valid, level, -1)
     levels = []
     for index in range(count):
-        places = np.flatnonzero(level == index)
+        places = np.flatnonzero((level == index) & valid)
         if len(places):
             levels.append(OnLevel(index, boxes[places], places))
-    return Assigned(levels, np.flatnonzero(level >= count), none if all_valid else np.flatnonzero(~valid))
+    on_none = np.flatnonzero(((level < 0) | (level >= count)) & valid)
+    return Assigned(levels, on_none, none if all_valid else np.flatnonzero(~valid))
 
 
 def put(output: Tensor, places: Rows, values: Tensor) -> None:
