@@ -26,7 +26,7 @@ from torch import Tensor
 import roi
 from benchmarks.harness import describe, environment
 from benchmarks.random_boxes import KINDS
-from roi.layout import memory_format
+from roi._problem import memory_format
 from tests.cuda_on_cpu import reference
 from tests.torchvision_bins import torchvision_bins_are_exact
 

@@ -40,7 +40,7 @@ from benchmarks.harness import (
 )
 from benchmarks.roi_pool import DTYPES, LAYOUTS, MODES, call_of, copies, plot, readable
 from benchmarks.workloads import LARGE_IMAGE, WORKLOADS, rpn_like
-from roi.backend import cupy_problem
+from roi._backend import cupy_problem
 
 BINS = 7
 STRIDES = (4, 8, 16, 32)

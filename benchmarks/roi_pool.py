@@ -48,7 +48,7 @@ from benchmarks.harness import (
 )
 from benchmarks.parity_roi_pool import same_bits
 from benchmarks.workloads import LARGE_IMAGE, WORKLOADS, Workload, cells_touched, past_the_map, rpn_like
-from roi.backend import cupy_problem
+from roi._backend import cupy_problem
 from roi.torch_path.bins import roi_windows
 from tests.cuda_on_cpu import reference
 from tests.torchvision_bins import torchvision_bins_are_exact

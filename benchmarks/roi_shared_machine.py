@@ -6,7 +6,7 @@
 The neighbours are processes of this script's that compute without a pause, as a DataLoader's workers or another job
 would. In every row the contestants take turns in one process; outputs are compared before they are timed. "pyramid" is
 2 × 512 boxes on P2–P5 of 800 × 1344 images, "one map" 1,000 boxes on P4; "few boxes" and "many images" are what a
-service and a tracker ask for. torchvision has no pooler for max pooling: there it is its operator on each level's boxes.
+service and a tracker ask for. torchvision has no pooler for max pooling: its operator runs on each level's boxes.
 
 The row "parts" has what contiguous maps cost at least where pooling works on channels_last ones: a copy into memory
 that is mapped already, the pooling, and the transposition of the output. All three are timed in the same rounds.
@@ -144,7 +144,11 @@ def measure(row: Row, layout: str, runs: int, seconds: float) -> dict[str, Any]:
     calls = {"ours": call_of(row.ours, maps, grad), "torchvision": call_of(row.theirs, maps, grad)}
     times = interleaved(calls, CPU, rounds_within(seconds, calls, CPU, runs), warmup=1)
     middle = {name: median(times[name]) for name in calls}
-    return {"ours ms": middle["ours"], "torchvision ms": middle["torchvision"], "ratio": ratio(times, "torchvision", "ours")}
+    return {
+        "ours ms": middle["ours"],
+        "torchvision ms": middle["torchvision"],
+        "ratio": ratio(times, "torchvision", "ours"),
+    }
 
 
 def parts(row: Row, runs: int, seconds: float) -> dict[str, Any]:

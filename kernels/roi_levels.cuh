@@ -30,8 +30,8 @@ __device__ __forceinline__ int level_of(const Levels<T, Coord>& levels, const Co
     if (levels.count == 1) return 0;
     const Coord side = sqrt(multiply(box[3] - box[1], box[4] - box[2]));
     const Coord level = floor(levels.canonical_level + log2(side / levels.canonical_scale) + static_cast<Coord>(1e-6));
-    // NaN is the root of a negative area.
-    const Coord known = isnan(level) ? levels.finest_level : max(level, levels.finest_level);
+    // NaN, the root of a negative area, compares as false.
+    const Coord known = level >= levels.finest_level ? level : levels.finest_level;
     const int index = static_cast<int>(min(known, levels.coarsest_level) - levels.finest_level);
     return index >= 0 && index < levels.count ? index : -1;
 }

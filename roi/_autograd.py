@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ class Pair(NamedTuple):
     forward: Operator
     adjoint: Operator
 
-    def __call__(self, maps: Sequence[Tensor], *rest: Any) -> Any:
+    def __call__(self, maps: Sequence[Tensor], *rest: Any) -> Tensor:
         """The operator, for whatever transforms of torch.func are active."""
         if torch._C._are_functorch_transforms_active():
-            return Linear.apply(self, rest[self.tensors :], *rest[: self.tensors], *maps)
-        return self.forward(self.family.argument(maps), *rest)
+            return cast(Tensor, Linear.apply(self, rest[self.tensors :], *rest[: self.tensors], *maps))
+        return cast(Tensor, self.forward(self.family.argument(maps), *rest))
 
     def transposed(self, grad: Tensor, *rest: Any) -> Sequence[Tensor]:
         """The adjoint, for whatever transforms are active: the maps' gradients as a list."""
@@ -122,11 +122,11 @@ class MaxPool(NamedTuple):
     with_argmax: Operator
     gather: Pair
 
-    def __call__(self, maps: Sequence[Tensor], rois: Tensor, *options: Any) -> Any:
+    def __call__(self, maps: Sequence[Tensor], rois: Tensor, *options: Any) -> Tensor:
         """The operator, for whatever transforms of torch.func are active."""
         if torch._C._are_functorch_transforms_active():
-            return Maxima.apply(self, options, rois, *maps)[0]
-        return self.pool(self.gather.family.argument(maps), rois, *options)
+            return cast(Tensor, Maxima.apply(self, options, rois, *maps)[0])
+        return cast(Tensor, self.pool(self.gather.family.argument(maps), rois, *options))
 
     def differentiable(self, input: Any, rois: Tensor, *options: Any) -> Any:
         """The operator's kernel where gradients may be wanted."""
@@ -195,7 +195,11 @@ def wants_derivatives(*tensors: Tensor) -> bool:
         return True
     if forward_ad._current_level < 0:
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return any(has_tangent(tensor) for tensor in tensors)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def below_autograd(operator: Operator, *arguments: Any) -> Any:

@@ -21,7 +21,7 @@ from roi._outputs import empty_argmax, empty_gradients, empty_pooled
 from roi._problem import Maps, Pooling
 
 NAMESPACE = "fpn_roi"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 # Schemas. An option has the name of a field of Pooling; the shape has what Maps has.
 ONE_MAP = ("float spatial_scale", "SymInt pooled_height", "SymInt pooled_width")
@@ -176,8 +176,9 @@ def maximum(family: Family) -> _autograd.MaxPool:
     )
     _library.impl(name, operator.differentiable, "Autograd")
     _library.impl(f"{name}_with_argmax", operator.differentiable_with_argmax, "Autograd")
-    for overload in (operator.pool, operator.with_argmax):
-        torch.library.register_vmap(overload, _vmap.pooling_rule(family, overload, 1), lib=_library)
+    for qualified, overload in ((name, operator.pool), (f"{name}_with_argmax", operator.with_argmax)):
+        rule = _vmap.pooling_rule(family, overload, 1)
+        torch.library.register_vmap(f"{NAMESPACE}::{qualified}", rule, lib=_library)
     return operator
 
 

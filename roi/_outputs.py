@@ -26,7 +26,12 @@ def empty_argmax(like: Tensor, count: int, maps: Maps, pooling: Pooling) -> Tens
 
     The CUDA kernels write it in the maps' memory format; elsewhere it is channels_last, as the path works inside.
     """
-    dtype = torch.int32 if max(height * width for height, width in maps.sizes) < 2**31 else torch.int64
+    dtype = argmax_dtype(maps)
     shape = (count, maps.channels, pooling.pooled_height, pooling.pooled_width)
     layout = maps.layout if like.device.type == "cuda" else torch.channels_last
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+def argmax_dtype(maps: Maps) -> torch.dtype:
+    """The integer that holds any cell y·width + x of any level."""
+    return torch.int32 if max(height * width for height, width in maps.sizes) < 2**31 else torch.int64

@@ -22,20 +22,21 @@ def pooling_rule(family: Family, operator: Callable[..., Any], tensors: int) -> 
 
     def rule(info: Any, dims: Sequence[Any], input: Any, *rest: Any) -> Any:
         size = info.batch_size
-        maps = [first(x, dim, size) for x, dim in zip(family.maps(input), family.maps(dims[0]), strict=True)]
+        maps = [
+            first(x, dim, size)
+            for x, dim in zip(family.maps(input), dims[0] if family.pyramid else [dims[0]], strict=True)
+        ]
         rois, *others = rest[:tensors]
         others = [first(x, dim, size) for x, dim in zip(others, dims[2 : 1 + tensors], strict=True)]
         if dims[1] is None:
-            maps, others = [as_channels(x) for x in maps], [as_channels(x) for x in others]
-            unfold, dim = (lambda x: x.unflatten(1, (size, -1))), 1
+            maps, others, dim = [as_channels(x) for x in maps], [as_channels(x) for x in others], 1
         else:
             rois = as_images(first(rois, dims[1], size), maps[0].shape[1])
-            maps, others = [x.flatten(0, 1) for x in maps], [x.flatten(0, 1) for x in others]
-            unfold, dim = (lambda x: x.unflatten(0, (size, -1))), 0
+            maps, others, dim = [x.flatten(0, 1) for x in maps], [x.flatten(0, 1) for x in others], 0
         output = operator(family.argument(maps), rois, *others, *rest[tensors:])
         if isinstance(output, Tensor):
-            return unfold(output), dim
-        return tuple(unfold(x) for x in output), (dim,) * len(output)
+            return apart(output, dim, size), dim
+        return tuple(apart(x, dim, size) for x in output), (dim,) * len(output)
 
     return rule
 
@@ -57,10 +58,15 @@ def adjoint_rule(family: Family, operator: Callable[..., Any], tensors: int) -> 
             grad, others = grad.flatten(0, 1), [x.flatten(0, 1) for x in others]
             shape, dim = (size * batch, channels), 0
         found = operator(grad, rois, *others, *options, *shape, heights, widths, channels_last, backend)
-        gradients = [x.unflatten(dim, (size, -1)) for x in family.maps(found)]
-        return family.argument(gradients), family.argument([dim] * len(gradients))  # type: ignore[list-item]
+        gradients = [apart(x, dim, size) for x in family.maps(found)]
+        return family.argument(gradients), [dim] * len(gradients) if family.pyramid else dim
 
     return rule
+
+
+def apart(x: Tensor, dim: int, size: int) -> Tensor:
+    """The problems of a batch, which lie side by side in a dimension, in one of their own before it."""
+    return x.reshape(*x.shape[:dim], size, x.shape[dim] // size, *x.shape[dim + 1 :])
 
 
 def first(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from roi import cupy_path
+from roi._problem import memory_format
 from roi.cupy_path import launch
-from roi.layout import memory_format
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import COMPILER, Library, build, reference, roi_pool_variants
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
+from tests.flat_calls import CUPY as cupy_path
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -178,7 +178,7 @@ def test_positions_off_the_map_are_ignored(ordered, layout, request):
 def test_positions_of_64_bits(ordered, layout, monkeypatch, request, on_cpu):
     if ordered:
         request.getfixturevalue("deterministic")
-    monkeypatch.setattr("roi.layout.argmax_dtype", lambda height, width: torch.int64)
+    monkeypatch.setattr("roi._outputs.argmax_dtype", lambda maps: torch.int64)
     shape, size, scale = CASES[0]
     input = features(shape, torch.float32).to(memory_format=layout)
     rois = boxes_for(shape, scale, torch.float32)

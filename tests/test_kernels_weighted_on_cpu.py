@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from roi import cupy_path
-from roi.cupy_path import align, launch
+from roi.cupy_path import launch
+from roi.cupy_path import roi_align_launches as align
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import COMPILER, Library, build, ps_roi_pool_variants, reference, roi_align_variants
 from tests.cuda_on_cpu.boxes import ordinary_boxes
@@ -29,6 +29,8 @@ from tests.cuda_on_cpu.operators import (
     pyramid,
     pyramid_boxes,
 )
+from tests.flat_calls import CUPY as cupy_path
+from tests.flat_calls import ONE_LEVEL
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -266,9 +268,9 @@ def test_vector_accesses_only_where_they_can_be(
     rois = boxes_for(shape, 1.0, torch.float32)
     input, grad = numbers(shape), numbers((len(rois), channels, 3, 2))
     operator = reference.roi_align((3, 2), 2, False)
-    expected = operator.forward([input.numpy()], rois.numpy(), [1.0], launch.ONE_LEVEL)
+    expected = operator.forward([input.numpy()], rois.numpy(), [1.0], ONE_LEVEL)
     assert_close(cupy_path.roi_align(placed(input), rois, 1.0, 3, 2, 2, False), torch.from_numpy(expected))
-    (expected,) = operator.backward(grad.numpy(), rois.numpy(), [1.0], launch.ONE_LEVEL, [shape])
+    (expected,) = operator.backward(grad.numpy(), rois.numpy(), [1.0], ONE_LEVEL, [shape])
     actual = cupy_path.roi_align_backward(placed(grad), rois, 1.0, 2, False, *shape, True)
     assert_close(actual, torch.from_numpy(expected))
     types = f"{launch.FEATURES[dtype]}, float, roi::ChannelsLast"
@@ -297,7 +299,7 @@ def test_work_does_not_grow_with_what_lies_off_the_map(way):
     input = torch.ones(1, 4, 8, 8, dtype=torch.float64)
     for sampling_ratio in (-1, 2):
         output = cupy_path.roi_align(input, rois, 1.0, 2, 2, sampling_ratio, True)
-        arguments = ([input.numpy()], rois.numpy(), [1.0], launch.ONE_LEVEL)
+        arguments = ([input.numpy()], rois.numpy(), [1.0], ONE_LEVEL)
         expected = reference.roi_align((2, 2), sampling_ratio, True).forward(*arguments)
         assert_close(output, torch.from_numpy(expected))
         grad = torch.ones_like(output)
@@ -313,9 +315,7 @@ def test_a_gather_of_very_many_bins_takes_smaller_patches(size, layout, monkeypa
     shape = (1, 3, 4, 70)
     rois = ordinary_boxes(5, 1, 4, 70)
     grad = numbers((5, 3, *size))
-    (expected,) = reference.roi_align(size, 1, False).backward(
-        grad.numpy(), rois.numpy(), [1.0], launch.ONE_LEVEL, [shape]
-    )
+    (expected,) = reference.roi_align(size, 1, False).backward(grad.numpy(), rois.numpy(), [1.0], ONE_LEVEL, [shape])
     actual = cupy_path.roi_align_backward(grad, rois, 1.0, 1, False, *shape, layout is torch.channels_last)
     assert_close(actual, torch.from_numpy(expected))
 

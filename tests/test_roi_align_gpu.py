@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from roi import cupy_path, torch_path
 from tests.comparison import relative_error, same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import hostile_boxes, ordinary_boxes
@@ -28,6 +27,8 @@ from tests.cuda_on_cpu.operators import (
     pyramid,
     pyramid_boxes,
 )
+from tests.flat_calls import CUPY as cupy_path
+from tests.flat_calls import TORCH as torch_path
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from roi import cupy_path
 from tests.comparison import same_bits
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
+from tests.flat_calls import CUPY as cupy_path
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roi._outputs import empty_argmax, empty_pooled
+from roi._outputs import argmax_dtype, empty_argmax, empty_pooled
 from roi._problem import Maps, Pooling
 from roi.cupy_path import launch
 
@@ -18,8 +18,7 @@ def max_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     """RoI max pooling of each box from its level of a pyramid: Tensor[K, C, pooled_height, pooled_width]."""
     shape = Maps.of(maps)
     output = empty_pooled(maps[0], len(rois), shape, pooling)
-    no_argmax = torch.empty(0, dtype=empty_argmax(output[:0], 0, shape, pooling).dtype, device=output.device)
-    pool(maps, rois, pooling, output, no_argmax)
+    pool(maps, rois, pooling, output, output.new_empty(0, dtype=argmax_dtype(shape)))
     return output
 
 

@@ -84,7 +84,7 @@ class Pooled(NamedTuple):
 
     rois: Integers  # their places
     maximum: Tensor  # [k, C, pooled_height, pooled_width]
-    index: Tensor  # of the same shape: in the crop
+    place: Tensor  # of the same shape: in the crop
     crops: Tensor  # [k, cells of a crop]: cells of the map
     empty: Tensor | None  # [k, pooled_height, pooled_width, 1] of bool: bins off the map; None where there is none
 
@@ -95,8 +95,8 @@ class Pooled(NamedTuple):
 
     def cells(self) -> Tensor:
         """Where the values are, -1 where a bin is empty."""
-        index = self.index.permute(0, 2, 3, 1)
-        cells = self.crops.gather(1, index.flatten(1)).view(index.shape)
+        place = self.place.permute(0, 2, 3, 1)
+        cells = self.crops.gather(1, place.flatten(1)).view(place.shape)
         return cells if self.empty is None else cells.masked_fill(self.empty, -1)
 
 
@@ -198,7 +198,7 @@ def add_at(terms: Tensor, argmax: Tensor, own: OnLevel, gradient: Tensor) -> Non
         index = torch.add(at(argmax[some], own.places, dim=1), first, out=indices[: len(total)].view(shape))
         value = values[: len(total)].view(shape).copy_(at(terms[some], own.places, dim=1))
         add_to(total, index.flatten(1), value.flatten(1))
-    gradient.copy_(planes[:, :, 1:].unflatten(2, (height, width)).transpose(0, 1))
+    gradient.copy_(planes[:, :, 1:].view(channels, images, height, width).transpose(0, 1))
 
 
 def add_to(planes: Tensor, index: Tensor, values: Tensor) -> None:

@@ -64,7 +64,7 @@ def in_large_pages(x: Tensor) -> Tensor:
     return x
 
 
-def _find_madvise() -> ctypes._FuncPointer | None:  # type: ignore[name-defined]
+def _find_madvise() -> ctypes._FuncPointer | None:
     if not sys.platform.startswith("linux"):
         return None
     try:

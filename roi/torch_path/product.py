@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -69,13 +69,13 @@ def cells_of(map_: Tensor) -> int:
 def maxima(map_: Tensor, bins: Bins, output: Tensor, places: Rows) -> None:
     """Fills the rows `places` of `output`, Tensor[·, C, h, w], with the maximum of each bin; 0 if it is empty."""
     table = whole_table(map_)
-    for part, matrix in list(matrices(bins, *map_.shape[1:], len(map_), table.dtype)):
+    for part, matrix in list(matrices(bins, map_.shape, table.dtype)):
         put(output, taken(places, part), torch.sparse.mm(matrix, table, "amax"))
 
 
 def argmaxima(map_: Tensor, bins: Bins, argmax: Tensor, places: Rows) -> None:
     """Fills the rows `places` of `argmax` with the cell y·W + x of the first maximum; -1 where a bin is empty."""
-    channels, height, width = map_.shape[1:]
+    height, width = map_.shape[2:]
     step = max(1, KEYS_AT_ONCE // map_[0].numel())
     for first in range(0, len(map_), step):
         images = map_[first : first + step]
@@ -85,7 +85,7 @@ def argmaxima(map_: Tensor, bins: Bins, argmax: Tensor, places: Rows) -> None:
         some = bins.narrow(own)
         some = some._replace(image=some.image - first)
         keys = sort_keys(whole_table(images), height * width)
-        for part, matrix in list(matrices(some, channels, height, width, len(images), keys.dtype)):
+        for part, matrix in list(matrices(some, images.shape, keys.dtype)):
             found = torch.sparse.mm(matrix, keys, "amax").view(torch.int32)[:, LOWER_HALF::2].contiguous()
             cells = torch.sub(height * width, found.bitwise_and_(POSITION), out=found)
             empty = np.flatnonzero(some.narrow(part).empty())
@@ -112,10 +112,13 @@ def sort_keys(table: Tensor, cells: int) -> Tensor:
     return keys.view(torch.float64)
 
 
-def matrices(
-    bins: Bins, channels: int, height: int, width: int, images: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """The bins of some RoIs, and a sparse Tensor[bins, cells of all images] of ones; in parts of bounded memory."""
+def matrices(bins: Bins, shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The bins of some RoIs, and a sparse Tensor[bins, cells of all images] of ones; in parts of bounded memory.
+
+    Args:
+        shape: of the maps, (N, C, H, W).
+    """
+    images, channels, height, width = shape
     reads = bins.cells_read().cumsum()
     most = max(1, VALUES_AT_ONCE // (bins.top.shape[1] * bins.left.shape[1] * channels))
     start, done = 0, 0

@@ -67,7 +67,7 @@ class Table(NamedTuple):
             return whole_table(self.map_, bins)
         index = [torch.from_numpy(x).to(self.map_.device) for x in self.crops]
         rows = self.map_.flatten(2).transpose(1, 2)[index[0], index[1]].to(wide(self.map_))
-        return rows if bins == 1 else rows.unflatten(1, (-1, bins)).transpose(1, 2).flatten(0, 1)
+        return rows if bins == 1 else rows.view(len(rows), -1, bins).transpose(1, 2).flatten(0, 1)
 
 
 def window_cells(first: Array, sides: Array, width: int) -> Array:
@@ -105,7 +105,11 @@ def cell_view(map_: Tensor, bins: int) -> Tensor:
     """A view Tensor[N, H, W, bins, C] of Tensor[N, C·bins, H, W]."""
     if bins == 1:
         return map_.permute(0, 2, 3, 1).unsqueeze(3)
-    return map_.unflatten(1, (map_.shape[1] // bins, bins)).permute(0, 3, 4, 2, 1)
+    batch, channels, height, width = map_.shape
+    # A view of any memory format: only the channels are told apart.
+    strides = map_.stride(0), bins * map_.stride(1), map_.stride(1), map_.stride(2), map_.stride(3)
+    own = map_.as_strided((batch, channels // bins, bins, height, width), strides)
+    return own.permute(0, 3, 4, 2, 1)
 
 
 def wide(x: Tensor) -> torch.dtype:

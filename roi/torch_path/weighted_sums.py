@@ -56,9 +56,6 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, parts: list[Lookups], places: Rows) -> Sums:
-        rois = [
-            np.arange(part.rois.start, part.rois.stop) if isinstance(part.rois, slice) else part.rois for part in parts
-        ]
         rows = np.concatenate([part.rows.ravel() for part in parts])
         each = np.concatenate([np.full(len(part.rows), part.rows.shape[1]) for part in parts])
         offsets = np.zeros(len(each) + 1, rows.dtype)
@@ -69,7 +66,8 @@ class Sums(NamedTuple):
             empty = torch.from_numpy(np.flatnonzero(np.concatenate(flags)))
         rois = parts[0].rois if len(parts) == 1 else np.concatenate([indices(part.rois) for part in parts])
         weights = np.concatenate([part.weights.ravel() for part in parts])
-        return cls(taken(places, rois), *(torch.from_numpy(x) for x in (rows, weights, offsets)), empty)
+        tensors = torch.from_numpy(rows), torch.from_numpy(weights), torch.from_numpy(offsets)
+        return cls(taken(places, rois), *tensors, empty)
 
     def values(self, table: Tensor) -> Tensor:
         """Tensor[bins, C] of Tensor[rows, C]."""
@@ -114,7 +112,7 @@ def by_cell(cells: Cells, bins: BinWeights, places: Rows) -> Iterator[Sorted]:
     """What the cells of a whole map get from the bins of the RoIs at `places`, in parts of bounded memory."""
     size = bins.lines[0] * bins.lines[1]
     for part in parts_of(size * bins.sizes.prod(axis=1), LOOKUPS_AT_ONCE):
-        row, weight, source = [], [], []
+        found_of: tuple[list[Array], ...] = ([], [], [])
         for found in lookups(cells, bins, part):
             own = indices(places)[found.rois]
             bin_ = (own[:, None] * size + np.arange(size)).reshape(-1, 1)
@@ -123,9 +121,9 @@ def by_cell(cells: Cells, bins: BinWeights, places: Rows) -> Iterator[Sorted]:
                 kept = found.rows, found.weights, bin_
             else:  # no gradient from there, not even NaN
                 kept = found.rows[~found.empty], found.weights[~found.empty], bin_[~found.empty]
-            for all_, x in zip((row, weight, source), kept, strict=True):
+            for all_, x in zip(found_of, kept, strict=True):
                 all_.append(x.ravel())
-        rows, weights, sources = (x[0] if len(x) == 1 else np.concatenate(x) for x in (row, weight, source))
+        rows, weights, sources = (x[0] if len(x) == 1 else np.concatenate(x) for x in found_of)
         order = stable_order(rows)
         offsets = np.zeros(cells.rows + 1, sources.dtype)
         np.cumsum(np.bincount(rows, minlength=cells.rows), out=offsets[1:])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from roi.cupy_path.launch import COORDINATES as COORDINATE_TYPES
-from roi.cupy_path.launch import Grid, levels_struct
+from roi.cupy_path.launch import LaunchGrid, levels_struct
 
 FOLDER = Path(__file__).resolve().parent
 KERNELS = FOLDER.parent.parent / "kernels"
@@ -121,7 +121,7 @@ class Library:
             launch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         self.launched: list[str] = []
 
-    def run(self, source: str, expression: str, grid: Grid, arguments: tuple[Any, ...], device: object) -> None:
+    def run(self, source: str, expression: str, grid: LaunchGrid, arguments: tuple[Any, ...], device: object) -> None:
         # As CuPy does it: NumPy scalars and structures keep their size, a Python int is 64 bits.
         values = [np.atleast_1d(np.int64(value) if type(value) is int else value) for value in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))

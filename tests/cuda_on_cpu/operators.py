@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roi import cupy_path
-from roi.cupy_path import launch
 from tests.cuda_on_cpu import reference
 from tests.cuda_on_cpu.boxes import hostile_boxes, ordinary_boxes
 from tests.cuda_on_cpu.reference import WeightedPool
+from tests.flat_calls import CUPY as cupy_path
+from tests.flat_calls import ONE_LEVEL
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def problem(case: Case, coordinates: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     shape = (images, operator.input_channels(channels, size), height, width)
     input, rois = numbers(shape), boxes_for(shape, scale, coordinates)
     expected = operator.expected(size)
-    output = torch.from_numpy(expected.forward([input.numpy()], rois.numpy(), [scale], launch.ONE_LEVEL))
+    output = torch.from_numpy(expected.forward([input.numpy()], rois.numpy(), [scale], ONE_LEVEL))
     grad = numbers(tuple(output.shape), seed=1)
-    arguments = (grad.numpy(), rois.numpy(), [scale], launch.ONE_LEVEL, [shape])
+    arguments = (grad.numpy(), rois.numpy(), [scale], ONE_LEVEL, [shape])
     return input, rois, output, grad, torch.from_numpy(expected.backward(*arguments)[0])
 
 
