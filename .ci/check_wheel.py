@@ -10,6 +10,7 @@ REQUIRED = {
     "fpn/photos/astronaut.jpg",
     "roi/py.typed",
     "roi/cupy_path/__init__.py",
+    "roi/torch_path/__init__.py",
     "roi/kernels/__init__.py",
     "roi/kernels/roi_common.cuh",
     "roi/kernels/roi_pool.cu",

@@ -21,7 +21,7 @@ namespace roi {
 
 inline constexpr int kWithoutEnd = 0;
 
-// The launches count on these: see position_sensitive.py.
+// The launches count on these: see ps_roi_pool_launches.py.
 static_assert(sizeof(Range) == 8 && sizeof(Candidate<Extent>) == 24);
 
 __device__ __forceinline__ int pooled_cells(int cells) { return max(cells - 1, 0); }

@@ -21,7 +21,7 @@
 
 namespace roi {
 
-// The launches count on these: see align.py.
+// The launches count on these: see roi_align_launches.py.
 static_assert(sizeof(Candidate<Sampling<float>>) == 32 && sizeof(Candidate<Sampling<double>>) == 56);
 static_assert(sizeof(TapsHeader<float>) == 8 && sizeof(TapsHeader<double>) == 16);
 static_assert(sizeof(Tap<float>) == 8 && sizeof(Tap<double>) == 16);

@@ -22,7 +22,7 @@ namespace roi {
 
 inline constexpr int kBothEnds = 1;
 
-// The launches count on these: see pool.py.
+// The launches count on these: see roi_pool_launches.py.
 static_assert(sizeof(Range) == 8 && sizeof(Candidate<Extent>) == 24);
 
 // A block serves one box (blockIdx.x); blockIdx.y splits the box's items. Dynamic shared memory: see share_bins().
