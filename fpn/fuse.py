@@ -87,4 +87,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        return cast(Tensor, self.layers[-1](self.layers[:-1](x), shortcut))
+        *first, last = self.layers
+        for layer in first:
+            x = layer(x)
+        return cast(Tensor, last(x, shortcut))

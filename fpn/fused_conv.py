@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -58,12 +60,14 @@ class FusedConv2d(nn.Module):
             addend: of the output's shape, in memory of its own; it may be overwritten.
         """
         x = x.contiguous(memory_format=torch.channels_last)
-        dtype = autocast_dtype(x)
-        if not fits(self.conv, x, addend, dtype) or not one_pass_works(working_dtype(dtype)):
+        recorded = isinstance(x, Proxy)
+        dtype = x.dtype if recorded else autocast_dtype(x)
+        if recorded or not fits(self.conv, x, addend, dtype) or not one_pass_works(working_dtype(dtype)):
             y: Tensor = self.conv(x)
             if addend is not None:
                 y += addend
-            return y.relu_() if self.relu else y
+            # A graph of torch.fx may give every map to the user.
+            return F.relu(y, inplace=not recorded) if self.relu else y
         x = x.to(working_dtype(dtype))
         addend = None if addend is None else addend.to(x.dtype)
         bias = None if self.conv.bias is None else self.conv.bias.to(x.dtype)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from fpn.norm import NormLayer, resolve_norm_layer
@@ -264,7 +265,7 @@ class ResNet(nn.Module):
 
 def run_stage(stage: nn.Sequential, x: Tensor, checkpointed: bool) -> Tensor:
     """The stage's map; `checkpointed` keeps the inputs of its blocks alone for the backward pass."""
-    if not (checkpointed and torch.is_grad_enabled()):
+    if isinstance(x, Proxy) or not (checkpointed and torch.is_grad_enabled()):
         return cast(Tensor, stage(x))
     for block in stage:
         contexts = partial(contexts_of_both_passes, block)
@@ -313,6 +314,8 @@ def make_stage(
 
 def check_images(images: Tensor, channels: int) -> None:
     """Raise unless `images` is a floating-point Tensor[N, channels, H ≥ 1, W ≥ 1]."""
+    if isinstance(images, Proxy):  # torch.fx records: there are no values yet
+        return
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a Tensor[N, {channels}, H, W]; got {type(images).__name__}")
     if images.dim() != 4 or images.shape[1] != channels:
