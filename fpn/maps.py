@@ -12,8 +12,8 @@ def as_maps(output: Any, channels: Sequence[int], layout: str | None) -> list[Te
     """What a trunk returned, as a list of maps.
 
     Args:
-        output: a sequence or a dict of maps, finest first. While torch.fx records, also one Proxy: the output of a trunk
-            that is a leaf of the graph.
+        output: a sequence or a dict of maps, finest first. While torch.fx records, also one Proxy: the output of a
+            trunk that is a leaf of the graph.
         channels: of each map.
         layout: of each map: "NCHW", "NHWC", or None: as their shapes tell.
 

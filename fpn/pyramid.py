@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from fpn.caller import refuse_bare_use
 from fpn.fuse import fuse
 from fpn.fused_conv import FusedConv2d
-from fpn.norm import NormLayer, resolve_norm_layer
 from fpn.maps import as_maps
+from fpn.norm import NormLayer, resolve_norm_layer
 from fpn.resnet import ResNet, build
 from fpn.weights import Report, freeze, load_weights
 
