@@ -48,9 +48,14 @@ class FusedConv2d(nn.Module):
         self.prepared.clear()
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
         self.prepared.clear()
-        super()._load_from_state_dict(*args)
+        unfused = f"{prefix}weight" in state_dict or f"{prefix}0.weight" in state_dict
+        if f"{prefix}conv.weight" not in state_dict and (strict or unfused):
+            note_once(LOAD_BEFORE_FUSING, lists[-1])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """The map, in channels_last memory.
@@ -85,6 +90,16 @@ class FusedConv2d(nn.Module):
         if kept is None or kept.source.data_ptr() != weight.data_ptr() or kept.version != version:
             kept = self.prepared[prepare, x.dtype] = Prepared(weight.detach(), version, prepare(self.conv, x))
         return kept.weight
+
+
+LOAD_BEFORE_FUSING = (
+    "this model is fused, and the state dict is of one that is not: load it before fuse() or accelerate(fuse=True)"
+)
+
+
+def note_once(message: str, messages: list[str]) -> None:
+    if message not in messages:
+        messages.append(message)
 
 
 class Prepared(NamedTuple):

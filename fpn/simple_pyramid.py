@@ -57,8 +57,8 @@ class SimpleFeaturePyramid(nn.Module):
         out_channels: channels of every level.
         scale_factors: of the levels, finest first: some of 4, 2, 1 and 1/2.
         extra: levels above: None, "maxpool" or "p6p7_on_p5", as for `fpn.FPN`.
-        norm_layer: `channels -> module` after the convolutions, which then have no bias; None: no norm. Default layer norm
-            over the channels, as published.
+        norm_layer: `channels -> module` after the convolutions, which then have no bias; None: no norm. Default layer
+            norm over the channels, as published.
 
     Attributes:
         out_channels: channels of every level.

@@ -99,11 +99,12 @@ def recorded_values(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """A copy of what every module gives, when it gives it."""
     values: dict[str, Any] = {}
     for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda _, __, output, name=name: (
-                values.__setitem__(name, output.clone()) if torch.is_tensor(output) else None
-            )
-        )
+
+        def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            if torch.is_tensor(output):
+                values[name] = output.clone()
+
+        module.register_forward_hook(keep)
     with torch.no_grad():
         model(images)
     return values
@@ -199,7 +200,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("options", ["plain", "frozen, checkpointed", "norm in the neck"])
 def test_graph_mode_quantization(options: str, fused: bool) -> None:
-    """Every convolution is an int8 one, and the levels are those of float32 to a few in a hundred (8 bits, 20 layers)."""
+    """Every convolution is an int8 one, and the levels are float32's to a few in a hundred (8 bits, 20 layers)."""
     from torch.ao.quantization import get_default_qconfig_mapping
 
     module = quantization()

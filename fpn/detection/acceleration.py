@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fpn.checkpoint import export_state_dict
 from fpn.detection.adapters import TorchvisionBackbone
+from fpn.detection.backbone import AcceleratedBackbone
 from fpn.detection.box_head import FusedTwoMLPHead
 from fpn.fused_conv import FusedConv2d
+from fpn.pyramid import FPN
 from roi import MultiScaleRoIAlign
 
 logger = logging.getLogger(__name__)
@@ -46,22 +48,23 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
         print(model.acceleration)
 
     Replaced are every ResNet-FPN of torchvision's (`resnet_fpn_backbone`'s, in FasterRCNN, MaskRCNN, KeypointRCNN,
-    RetinaNet, FCOS or a model of yours), by `TorchvisionBackbone`, and every `torchvision.ops.MultiScaleRoIAlign`, by
+    RetinaNet, FCOS or a model of yours), by ours in the same module tree, and every `torchvision.ops.MultiScaleRoIAlign`, by
     `roi.MultiScaleRoIAlign`. What is not exactly as torchvision builds it (another trunk, other blocks, hooks, levels
     with names of your own) is left as it is, and so are the poolers beside it: ours need strides that double from
     level to level, and those of MobileNet's pyramids do not.
 
     The new backbone has the very parameters of the old one: an optimizer made before stays valid, and dtype, device,
-    `requires_grad` and train or eval mode are what they were. On the CPU the detector's weights become channels_last,
-    and so do its features: convolutions and RoI operators are faster with that. The parameters' names in the state
-    dict change: load a checkpoint of torchvision's before, and see `torchvision_state_dict` for the way back.
+    `requires_grad` and train or eval mode are what they were, and so are their names and their order: checkpoints of the
+    detector, of its optimizer and of an average of it load into torchvision's and the other way round. On the CPU the
+    detector's weights become channels_last, and so do its features: convolutions and RoI operators are faster with that.
 
     Args:
         model: the detector; it is changed in place.
         fuse: for inference: the backbone in the form that `FPN.fuse` gives, the convolutions of torchvision's heads
             in the same form (a head in training mode or with hooks is left), and after our pooler a `TwoMLPHead` that
             reads channels_last RoIs as they lie. Their weights are new, take no gradient and have no way back to
-            torchvision's names.
+            torchvision's names: load a checkpoint, and save one, before. Loading one of torchvision's after is an
+            error that says so.
 
     Returns:
         `model`. Its new attribute `acceleration` is the report, an `Acceleration`, which is also logged: at level
@@ -77,7 +80,8 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     from fpn.detection.conversion import class_name, convert_backbones, convert_poolers
     from fpn.detection.heads import fuse_box_heads, fuse_conv_heads
 
-    own = {module: module for module in model.modules() if isinstance(module, TorchvisionBackbone)}
+    ours_already = TorchvisionBackbone | AcceleratedBackbone
+    own = {module: module for module in model.modules() if isinstance(module, ours_already)}
     backbones, left = convert_backbones(model)
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, nn.Module) and not (backbone in own or backbone in backbones or "backbone" in left):
@@ -89,7 +93,7 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
         poolers = {}
     replacements: dict[nn.Module, nn.Module] = {**backbones, **poolers}
     if fuse:
-        replacements |= {old: TorchvisionBackbone(ours.fpn.fuse()).eval() for old, ours in (own | backbones).items()}
+        replacements |= {old: ours.fuse() for old, ours in (own | backbones).items()}
     left |= left_poolers
 
     replaced = put(model, replacements)
@@ -119,13 +123,15 @@ def described(ours: nn.Module) -> str:
     if isinstance(ours, MultiScaleRoIAlign):
         return f"roi.{ours!r}"
     fused = any(isinstance(module, FusedConv2d) for module in ours.modules())
-    if isinstance(ours, TorchvisionBackbone):
+    if isinstance(ours, TorchvisionBackbone | AcceleratedBackbone):
         return f"{'fused ' if fused else ''}fpn.FPN, levels {', '.join(ours.names)}"
     return f"{type(ours).__name__}, its convolutions fused" if fused else type(ours).__name__
 
 
 def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a detector under the names that it had before `accelerate`, of the same tensors.
+    """The state dict of a detector under torchvision's names, of the same tensors.
+
+    That of an accelerated detector has them anyway; this is for one around a `TorchvisionBackbone`.
 
     Raises:
         ValueError: torchvision has no names for a part of it: it is fused, or its backbone computes what theirs does
@@ -135,8 +141,13 @@ def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, TorchvisionBackbone):
             prefix = f"{name}." if name else ""
+            if not isinstance(module.fpn, FPN):
+                raise ValueError(f"torchvision has no names for {type(module.fpn).__name__}")
             backbone = export_state_dict(module.fpn, "torchvision", prefix)
             state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}fpn.")} | backbone
         elif isinstance(module, (FusedConv2d, FusedTwoMLPHead)):
-            raise ValueError(f"{name} is fused: its weights are not those that torchvision has under that name")
+            raise ValueError(
+                f"{name} is fused: its weights are not those that torchvision has under that name. Save the state dict "
+                "before fuse() or accelerate(fuse=True), or of a copy that is not fused"
+            )
     return state

@@ -1,4 +1,4 @@
-"""The backbone that `accelerate` puts in: our computation in the module tree, and so under the state keys, of torchvision's."""
+"""The backbone that `accelerate` puts in: our computation in torchvision's module tree, and so under its state keys."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class AcceleratedBackbone(nn.Module):
     weights are others, and so are their names.
 
     Args:
-        fpn: over a ResNet, with nearest upsampling, smoothing of the coarsest level and levels above. Its layers are taken.
+        fpn: over a ResNet, with nearest upsampling, smoothing of the coarsest level and levels above. Its layers are
+            taken.
 
     Attributes:
         out_channels: channels of every level.
