@@ -53,10 +53,11 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     with names of your own) is left as it is, and so are the poolers beside it: ours need strides that double from
     level to level, and those of MobileNet's pyramids do not.
 
-    The new backbone has the very parameters of the old one: an optimizer made before stays valid, and dtype, device,
-    `requires_grad` and train or eval mode are what they were, and so are their names and their order: checkpoints of the
+    The new backbone has the very parameters of the old one, under the same names, in the same order: an optimizer made
+    before stays valid, dtype, device, `requires_grad` and train or eval mode are what they were, and checkpoints of the
     detector, of its optimizer and of an average of it load into torchvision's and the other way round. On the CPU the
-    detector's weights become channels_last, and so do its features: convolutions and RoI operators are faster with that.
+    detector's weights become channels_last, and so do its features: convolutions and RoI operators are faster with
+    that.
 
     Args:
         model: the detector; it is changed in place.

@@ -43,9 +43,9 @@ class TorchvisionNeck(nn.Module):
 class AcceleratedBackbone(nn.Module):
     """A pyramid of torchvision's kind in the place of `torchvision.models.detection.backbone_utils.BackboneWithFPN`.
 
-    `body`, `fpn.inner_blocks`, `fpn.layer_blocks` and `fpn.extra_blocks` are where they are in torchvision's, in the same
-    order: state dicts, names of parameters and the state of optimizers are interchangeable. In the fused form the
-    weights are others, and so are their names.
+    `body`, `fpn.inner_blocks`, `fpn.layer_blocks` and `fpn.extra_blocks` are where they are in torchvision's, in the
+    same order: state dicts, names of parameters and the state of optimizers are interchangeable. In the fused form
+    the weights are others, and so are their names.
 
     Args:
         fpn: over a ResNet, with nearest upsampling, smoothing of the coarsest level and levels above. Its layers are

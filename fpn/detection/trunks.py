@@ -1,4 +1,4 @@
-"""torchvision's classifiers, by name, as trunks: ConvNeXt, Swin, EfficientNet, ViT, ….."""
+"""torchvision's classifiers, by name, as trunks: ConvNeXt, Swin, EfficientNet, ViT, …"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # Children of a classifier that come after its maps, or beside them.
 HEADS = ("avgpool", "classifier", "fc", "head", "heads", "norm", "permute", "flatten", "dropout")
 BESIDE = ("aux1", "aux2", "AuxLogits")
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROBE = 224  # pixels; MaxViT takes no other size
 
 
@@ -42,19 +43,28 @@ class TorchvisionTrunk(nn.Module):
         for name, child in model.named_children():
             inside = [part for part in self.chain if part == name or part.startswith(f"{name}.")]
             if inside and inside != [name]:
-                del child[len(inside) :]  # type: ignore[operator]
+                for part in [part for part, _ in child.named_children() if f"{name}.{part}" not in inside]:
+                    delattr(child, part)
             if inside:
                 self.add_module(name, child)
+        # GoogLeNet and Inception take images in another scale where their weights are given.
+        self.rescale = bool(getattr(model, "transform_input", False))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps of Tensor[N, 3, H, W], finest first: Tensor[N, C, h, w], or Tensor[N, h, w, C] for "NHWC"."""
         wanted = {info["module"] for info in self.feature_info}
-        maps, x = [], images
+        maps, x = [], rescaled(images) if self.rescale else images
         for name in self.chain:
             x = self.get_submodule(name)(x)
             if name in wanted:
                 maps.append(x)
         return maps
+
+
+def rescaled(images: Tensor) -> Tensor:
+    """Images normalised by ImageNet's means and deviations, as (pixel - 0.5) / 0.5."""
+    mean, deviation = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    return (images * deviation + mean - 0.5) / 0.5
 
 
 class TorchvisionViT(nn.Module):
@@ -73,9 +83,7 @@ class TorchvisionViT(nn.Module):
         self.class_token = model.class_token
         self.conv_proj = model.conv_proj
         self.encoder = model.encoder
-        self.feature_info = [
-            {"num_chs": model.hidden_dim, "reduction": model.patch_size, "module": "encoder.ln"},
-        ]
+        self.feature_info = [{"num_chs": model.hidden_dim, "reduction": model.patch_size, "module": "encoder.ln"}]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The map of Tensor[N, 3, image_size, image_size], alone in a list.
