@@ -22,7 +22,8 @@ def as_maps(output: Any, channels: Sequence[int], layout: str | None) -> list[Te
         ValueError: it has other channels, or another number of maps.
     """
     if isinstance(output, fx.Proxy):
-        output = [output[index] for index in range(len(channels))]
+        whole: Any = output
+        output = [whole[index] for index in range(len(channels))]
     if isinstance(output, Tensor) or not isinstance(output, (Mapping, Sequence)):  # torch 2.6 compiles no `|` here
         raise TypeError(
             f"bottom_up must return a sequence or a dict of feature maps, finest first; got {type(output).__name__}"

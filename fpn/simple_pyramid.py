@@ -144,7 +144,7 @@ def make_level(channels: int, out_channels: int, scale: float, norm: NormLayer |
         layers = [deconv(channels, channels // 2)]
     elif scale == 0.5:
         layers = [nn.MaxPool2d(2, stride=2, ceil_mode=True)]  # a map of an odd side loses no cell
-    width = {4: channels // 4, 2: channels // 2}.get(scale, channels)
+    width = channels // int(max(scale, 1))
     for size in (1, 3):
         layers.append(NormedConv2d(width, out_channels, size, None if norm is None else norm(out_channels)))
         width = out_channels

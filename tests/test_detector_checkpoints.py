@@ -74,7 +74,7 @@ def test_files_from_before_013_load() -> None:
 @pytest.mark.parametrize("start", ["torchvision", "accelerated"])
 @pytest.mark.parametrize("resume", ["torchvision", "accelerated"])
 def test_training_is_resumed_across_the_two(start: str, resume: str, tmp_path: Path) -> None:
-    """Model and optimizer, saved after two steps, go on in the other with the losses of one that was not interrupted."""
+    """Model and optimizer, saved after two steps, go on with the losses of those that were not interrupted."""
     change: dict[str, Callable[[nn.Module], nn.Module]] = {
         "torchvision": lambda model: model,
         "accelerated": accelerate,

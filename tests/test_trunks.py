@@ -25,15 +25,15 @@ def timm_trunk(family: str) -> Any:
 
 
 def check_pyramid(model: FPN, images: torch.Tensor) -> None:
-    """Its levels have the strides that it says, each gives the trunk a gradient, and the fused form computes the same."""
-    randomise(model).eval()
+    """Its levels have the strides that it says, the trunk gets a gradient, and the fused form computes the same."""
+    fused = randomise(model).eval().fuse()
     levels = model(images)
     for level, stride in zip(levels, model.strides, strict=True):
         assert level.shape == (len(images), 32, -(-images.shape[2] // stride), -(-images.shape[3] // stride))
     sum(level.double().square().mean() for level in levels).backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.bottom_up.parameters())
     with torch.no_grad():
-        for level, expected in zip(model.fuse()(images), levels, strict=True):
+        for level, expected in zip(fused(images), levels, strict=True):
             assert expected.isfinite().all()
             assert relative_error(level, expected) < 1e-4
 
@@ -61,7 +61,7 @@ def test_timm_family(family: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("announced", [True, False])
 def test_maps_with_their_channels_last(announced: bool) -> None:
-    """The levels are those of the maps permuted by hand, whether the trunk tells their layout or only their shapes do."""
+    """The levels are those of the maps permuted by hand, whether the trunk or only their shapes tell the layout."""
     torch.manual_seed(0)
     trunk = timm_trunk("Swin").eval()
     model = FPN(trunk if announced else nn.Sequential(trunk), trunk.feature_info.channels(), (4, 8, 16, 32)).eval()

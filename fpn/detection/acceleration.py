@@ -48,8 +48,8 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
         print(model.acceleration)
 
     Replaced are every ResNet-FPN of torchvision's (`resnet_fpn_backbone`'s, in FasterRCNN, MaskRCNN, KeypointRCNN,
-    RetinaNet, FCOS or a model of yours), by ours in the same module tree, and every `torchvision.ops.MultiScaleRoIAlign`, by
-    `roi.MultiScaleRoIAlign`. What is not exactly as torchvision builds it (another trunk, other blocks, hooks, levels
+    RetinaNet, FCOS or a model of yours), by ours in the same module tree, and every
+    `torchvision.ops.MultiScaleRoIAlign`, by `roi.MultiScaleRoIAlign`. What is not exactly as torchvision builds it (another trunk, other blocks, hooks, levels
     with names of your own) is left as it is, and so are the poolers beside it: ours need strides that double from
     level to level, and those of MobileNet's pyramids do not.
 
