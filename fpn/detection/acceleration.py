@@ -49,9 +49,10 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
 
     Replaced are every ResNet-FPN of torchvision's (`resnet_fpn_backbone`'s, in FasterRCNN, MaskRCNN, KeypointRCNN,
     RetinaNet, FCOS or a model of yours), by ours in the same module tree, and every
-    `torchvision.ops.MultiScaleRoIAlign`, by `roi.MultiScaleRoIAlign`. What is not exactly as torchvision builds it (another trunk, other blocks, hooks, levels
-    with names of your own) is left as it is, and so are the poolers beside it: ours need strides that double from
-    level to level, and those of MobileNet's pyramids do not.
+    `torchvision.ops.MultiScaleRoIAlign`, by `roi.MultiScaleRoIAlign`. What is not
+    exactly as torchvision builds it (another trunk, other blocks, hooks, levels with names of your own) is left as it
+    is, and so are the poolers beside it: ours need strides that double from level to level, and those of MobileNet's
+    pyramids do not.
 
     The new backbone has the very parameters of the old one, under the same names, in the same order: an optimizer made
     before stays valid, dtype, device, `requires_grad` and train or eval mode are what they were, and checkpoints of the
