@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from fpn.changes import Changes
@@ -28,7 +29,7 @@ REFUSING = {
 
 def run_stage(stage: nn.Module, x: Tensor, checkpointed: bool) -> Tensor:
     """The stage's map; `checkpointed` keeps its input, or the inputs of its blocks, alone for the backward pass."""
-    if not checkpointed or not torch.is_grad_enabled() or is_exported():
+    if not checkpointed or not torch.is_grad_enabled() or isinstance(x, Proxy) or is_exported():
         return cast(Tensor, stage(x))
     if why := refusal(stage):
         warnings.warn(f"a stage is not checkpointed: {why}", stacklevel=2)

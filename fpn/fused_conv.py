@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fpn import winograd
@@ -54,9 +55,14 @@ class FusedConv2d(nn.Module):
         make_contiguous(self.conv)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
         self.prepared.clear()
-        super()._load_from_state_dict(*args)
+        unfused = f"{prefix}weight" in state_dict or f"{prefix}0.weight" in state_dict
+        if f"{prefix}conv.weight" not in state_dict and (strict or unfused):
+            note_once(LOAD_BEFORE_FUSING, lists[-1])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def forward(self, x: Tensor, addend: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """The map, in channels_last memory; where it is recorded for elsewhere, in the layout that the operators give.
@@ -86,10 +92,10 @@ class FusedConv2d(nn.Module):
 
     def plain(self, x: Tensor, addend: Tensor | None) -> Tensor:
         """The same by PyTorch's documented operators, none of which writes into anything."""
-        y = self.conv._conv_forward(x, self.conv.weight, self.conv.bias)
+        y = cast(Tensor, self.conv(x))
         if addend is not None:
             total = y + addend
-            y = total if total.dtype == y.dtype else total.to(y.dtype)
+            y = total if isinstance(x, Proxy) or total.dtype == y.dtype else total.to(y.dtype)
         return y if self.activation is None else self.activation(y)
 
     def weight_for(self, x: Tensor, prepare: Callable[[nn.Conv2d, Tensor], Tensor]) -> Tensor:
@@ -100,6 +106,16 @@ class FusedConv2d(nn.Module):
         if kept is None or kept.source.data_ptr() != weight.data_ptr() or kept.version != version:
             kept = self.prepared[prepare, x.dtype] = Prepared(weight.detach(), version, prepare(self.conv, x))
         return kept.weight
+
+
+LOAD_BEFORE_FUSING = (
+    "this model is fused, and the state dict is of one that is not: load it before fuse() or accelerate(fuse=True)"
+)
+
+
+def note_once(message: str, messages: list[str]) -> None:
+    if message not in messages:
+        messages.append(message)
 
 
 class Prepared(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 NormLayer = Callable[[int], nn.Module]
@@ -72,7 +73,7 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if isinstance(x, Proxy) or not (x.requires_grad and torch.is_grad_enabled()):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         # batch_norm would keep x for the gradients of scale and shift, which nobody wants here.
         scale = self.weight * (self.running_var + self.eps).rsqrt()

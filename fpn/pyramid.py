@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
+from fpn.caller import refuse_bare_use
 from fpn.changes import Changes
 from fpn.freezing import freeze
 from fpn.fuse import fuse
 from fpn.fused_conv import FusedConv2d
+from fpn.maps import as_maps
 from fpn.norm import NormLayer, resolve_norm_layer
 from fpn.recognition import all_is_watched, is_watched
 from fpn.resnet import ResNet, build
@@ -101,7 +104,9 @@ class FPN(nn.Module):
 
     Args:
         bottom_up: images -> feature maps, finest first, as a sequence or a dict: a trunk of `fpn.resnet`, a timm
-            `features_only` model, torchvision's `create_feature_extractor`, any module of yours.
+            `features_only` model, `fpn.detection.torchvision_trunk`, torchvision's `create_feature_extractor`, any
+            module of yours. Maps are Tensor[N, C, H, W]; or Tensor[N, H, W, C] where its attribute `output_fmt` is
+            "NHWC", as timm's Swin has it, or where it has none and their shapes fit only so.
         in_channels: channels of those maps. None: as `bottom_up.feature_info` announces them (ours and timm's do).
         strides: pixels of the image per cell of those maps. None: as announced.
         out_channels: channels of every level.
@@ -151,6 +156,7 @@ class FPN(nn.Module):
             )
 
         self.bottom_up = bottom_up
+        self.map_layout = announced_layout(bottom_up)
         # Top-down order (C5, C4, C3, C2), the order in which the pathway uses them.
         self.lateral = nn.ModuleList(
             make_conv(channels, out_channels, 1, norm_layer=norm_layer) for channels in reversed(self.in_channels)
@@ -179,16 +185,13 @@ class FPN(nn.Module):
             Tensor[N, out_channels, ceil(H / s), ceil(W / s)] for each s of `strides`. N = 0 gives empty maps.
 
         Raises:
-            TypeError, ValueError: `images` is not what `bottom_up` takes, or its maps are not those announced.
+            TypeError, ValueError: `images` is not what `bottom_up` takes, or its maps are not those announced; or the
+                model is the backbone of a torchvision detector, which takes a `fpn.detection.TorchvisionBackbone`.
         """
-        maps = self._bottom_up_maps(images)
-        (top, c5), *finer = zip(self.lateral, reversed(maps), strict=True)
-        merged = [top(c5)]
-        for lateral, c in finer:
-            upsampled = F.interpolate(merged[-1], c.shape[-2:], **UPSAMPLE[self.upsample])
-            merged.append(add_lateral(upsampled, lateral, c))
-        levels = [smooth(m) for smooth, m in zip(self.smooth, merged, strict=True)]
-        return (*reversed(levels), *self.extra(maps[-1], levels[0]))
+        refuse_bare_use(self)
+        maps = as_maps(self.bottom_up(images), self.in_channels, self.map_layout)
+        levels = top_down(maps, self.lateral, self.smooth, self.upsample)
+        return (*levels, *self.extra(maps[-1], levels[-1]))
 
     def fuse(self) -> FPN:
         """The inference form: the same outputs, within rounding, in less time and memory.
@@ -221,21 +224,29 @@ class FPN(nn.Module):
         """
         return fuse(self)
 
-    def _bottom_up_maps(self, images: Tensor) -> list[Tensor]:
-        output = self.bottom_up(images)
-        if isinstance(output, Tensor) or not isinstance(output, (Mapping, Sequence)):  # torch 2.6 compiles no `|` here
-            raise TypeError(
-                f"bottom_up must return a sequence or a dict of feature maps, finest first; got {type(output).__name__}"
-            )
-        maps = list(output.values() if isinstance(output, Mapping) else output)
-        channels = tuple(c.shape[1] for c in maps)
-        if channels != self.in_channels:
-            raise ValueError(f"bottom_up must return maps of {self.in_channels} channels; got {channels}")
-        return maps
+
+def top_down(
+    maps: Sequence[Tensor], laterals: Iterable[nn.Module], smooths: Iterable[nn.Module], upsample: str
+) -> list[Tensor]:
+    """The levels that have a lateral, finest first.
+
+    Args:
+        maps: of the bottom-up pathway, finest first.
+        laterals, smooths: a module for each map, for the coarsest first.
+        upsample: one of `UPSAMPLE`.
+    """
+    (top, c5), *finer = zip(laterals, reversed(maps), strict=True)
+    merged = [top(c5)]
+    for lateral, c in finer:
+        upsampled = F.interpolate(merged[-1], c.shape[-2:], **UPSAMPLE[upsample])
+        merged.append(add_lateral(upsampled, lateral, c))
+    return [smooth(m) for smooth, m in zip(smooths, merged, strict=True)][::-1]
 
 
 def add_lateral(upsampled: Tensor, lateral: nn.Module, c: Tensor) -> Tensor:
-    """lateral(c) + upsampled, in the memory of `upsampled`, which nobody else reads."""
+    """lateral(c) + upsampled, in the memory of `upsampled`, which nobody else reads but a graph of torch.fx."""
+    if isinstance(upsampled, Proxy):
+        return upsampled + cast(Tensor, lateral(c))
     if type(lateral) is FusedConv2d and lateral.activation is None and not is_watched(lateral):
         return cast(Tensor, lateral(c, upsampled, not all_is_watched()))
     return upsampled.add_(lateral(c))
@@ -264,6 +275,12 @@ def announced(bottom_up: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if hasattr(info, "channels"):  # timm's FeatureInfo: only the maps that were asked for
         return tuple(info.channels()), tuple(info.reduction())
     return tuple(level["num_chs"] for level in info), tuple(level["reduction"] for level in info)
+
+
+def announced_layout(bottom_up: nn.Module) -> str | None:
+    """ "NCHW" or "NHWC", as the attribute `output_fmt` of timm's models says; None where nobody says it."""
+    layout = getattr(bottom_up, "output_fmt", "NCHW" if isinstance(bottom_up, ResNet) else None)
+    return None if layout is None else str(getattr(layout, "value", layout))
 
 
 def build_fpn(

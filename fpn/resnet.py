@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fpn.changes import Changes
 from fpn.checkpointing import checkpointing_of, run_stage
@@ -290,6 +291,8 @@ def make_stage(
 
 def check_images(images: Tensor, channels: int) -> None:
     """Raise unless `images` is a floating-point Tensor[N, channels, H ≥ 1, W ≥ 1]."""
+    if isinstance(images, Proxy):  # torch.fx records: there are no values yet
+        return
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a Tensor[N, {channels}, H, W]; got {type(images).__name__}")
     if images.dim() != 4 or images.shape[1] != channels:

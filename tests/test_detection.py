@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import roi
-from fpn import FPN, FPN18
+from fpn import FPN, FPN18, SimpleFeaturePyramid
 from fpn.detection import Detectron2Backbone, ShapeSpec, TorchvisionBackbone, accelerate, torchvision_state_dict
 from fpn.fused_conv import FusedConv2d
 from fpn.norm import FrozenBatchNorm2d
@@ -105,7 +105,7 @@ def test_the_same_level_twice_has_no_name_in_detectron2() -> None:
 
 @pytest.mark.parametrize("adapter", [TorchvisionBackbone, Detectron2Backbone])
 def test_adapters_take_an_fpn(adapter: type[nn.Module]) -> None:
-    with pytest.raises(TypeError, match=r"fpn must be an fpn\.FPN; got ResNet"):
+    with pytest.raises(TypeError, match=r"fpn must be an fpn\.FPN or an fpn\.SimpleFeaturePyramid; got ResNet"):
         adapter(resnet18())
 
 
@@ -331,8 +331,42 @@ def test_an_accelerated_detector_can_be_fused_later() -> None:
     ]
     assert unmatched(output_of(detector, photos()[:1])[0], expected) == 0
     assert any(isinstance(module, FusedConv2d) for module in detector.modules())
-    with pytest.raises(ValueError, match="torchvision's FPN has no"):
+    with pytest.raises(ValueError, match=r"backbone\.body\.conv1 is fused.*Save the state dict before"):
         torchvision_state_dict(detector)
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize(
+    ("hooked", "left"),
+    [
+        ("backbone", "backbone"),
+        ("backbone.fpn", "backbone"),
+        ("backbone.fpn.layer_blocks", "backbone"),
+        ("backbone.fpn.layer_blocks.1", "backbone.fpn.layer_blocks.1"),
+        ("backbone.fpn.inner_blocks.3.0", "backbone.fpn.inner_blocks.3"),
+        ("backbone.body.layer2.1", "backbone.body.layer2.1"),
+    ],
+)
+def test_a_hook_in_an_accelerated_detector_survives_fusing(hooked: str, left: str) -> None:
+    detector = accelerate(random_detector("FasterRCNN"))
+    calls: list[str] = []
+    detector.get_submodule(hooked).register_forward_hook(lambda *_: calls.append(hooked))
+    expected = output_of(detector, photos()[:1])[0]
+    seen = len(calls)
+    report = accelerate(detector, fuse=True).acceleration
+    assert {name: "hook" in why for name, why in report.left.items()} == {left: True}
+    assert unmatched(output_of(detector, photos()[:1])[0], expected) == 0
+    assert len(calls) == 2 * seen
+
+
+@pytest.mark.torchvision
+def test_a_simple_pyramid_is_not_fused() -> None:
+    from torchvision.models.detection import FasterRCNN
+
+    detector = FasterRCNN(TorchvisionBackbone(SimpleFeaturePyramid(nn.Conv2d(3, 8, 16, 16), 8, 16)), 2).eval()
+    report = accelerate(detector, fuse=True).acceleration
+    assert report.left == {"backbone": "SimpleFeaturePyramid has no fused form"}
+    assert "roi_heads.box_head" in report.replaced
 
 
 @pytest.mark.torchvision

@@ -2,6 +2,7 @@
 
 from fpn.detection.acceleration import Acceleration, accelerate, torchvision_state_dict
 from fpn.detection.adapters import Detectron2Backbone, ShapeSpec, TorchvisionBackbone
+from fpn.detection.trunks import torchvision_trunk
 
 __all__ = [
     "Acceleration",
@@ -10,4 +11,5 @@ __all__ = [
     "TorchvisionBackbone",
     "accelerate",
     "torchvision_state_dict",
+    "torchvision_trunk",
 ]

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fpn.changes import Changes
 from fpn.checkpoint import export_state_dict
 from fpn.detection.adapters import TorchvisionBackbone
+from fpn.detection.backbone import AcceleratedBackbone
 from fpn.detection.box_head import FusedTwoMLPHead
 from fpn.fused_conv import FusedConv2d
-from fpn.recognition import class_name
+from fpn.pyramid import FPN
+from fpn.recognition import class_name, obstacle
 from roi import MultiScaleRoIAlign
 
 logger = logging.getLogger(__name__)
@@ -33,22 +35,25 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
         print(model.acceleration)
 
     Replaced are every ResNet-FPN of torchvision's (`resnet_fpn_backbone`'s, in FasterRCNN, MaskRCNN, KeypointRCNN,
-    RetinaNet, FCOS or a model of yours), by `TorchvisionBackbone`, and every `torchvision.ops.MultiScaleRoIAlign`, by
-    `roi.MultiScaleRoIAlign`. What is not exactly as torchvision builds it (another trunk, other blocks, hooks, levels
-    with names of your own) is left as it is, and so are the poolers beside it: ours need strides that double from
-    level to level, and those of MobileNet's pyramids do not.
+    RetinaNet, FCOS or a model of yours), by ours in the same module tree, and every
+    `torchvision.ops.MultiScaleRoIAlign`, by `roi.MultiScaleRoIAlign`. What is not
+    exactly as torchvision builds it (another trunk, other blocks, hooks, levels with names of your own) is left as it
+    is, and so are the poolers beside it: ours need strides that double from level to level, and those of MobileNet's
+    pyramids do not.
 
-    The new backbone has the very parameters of the old one: an optimizer made before stays valid, and dtype, device,
-    `requires_grad` and train or eval mode are what they were. On the CPU the detector's weights become channels_last,
-    and so do its features: convolutions and RoI operators are faster with that. The parameters' names in the state
-    dict change: load a checkpoint of torchvision's before, and see `torchvision_state_dict` for the way back.
+    The new backbone has the very parameters of the old one, under the same names, in the same order: an optimizer made
+    before stays valid, dtype, device, `requires_grad` and train or eval mode are what they were, and checkpoints of the
+    detector, of its optimizer and of an average of it load into torchvision's and the other way round. On the CPU the
+    detector's weights become channels_last, and so do its features: convolutions and RoI operators are faster with
+    that.
 
     Args:
         model: the detector; it is changed in place.
         fuse: for inference: the backbone in the form that `FPN.fuse` gives, the convolutions of torchvision's heads
             in the same form (a head in training mode or with hooks is left), and after our pooler a `TwoMLPHead` that
             reads channels_last RoIs as they lie. Their weights are new, take no gradient and have no way back to
-            torchvision's names.
+            torchvision's names: load a checkpoint, and save one, before. Loading one of torchvision's after is an
+            error that says so.
 
     Returns:
         `model`. Its new attribute `acceleration` is the report, an `Acceleration`, which is also logged: at level
@@ -64,7 +69,8 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     from fpn.detection.conversion import convert_backbones, convert_poolers
     from fpn.detection.heads import fuse_box_heads, fuse_conv_heads
 
-    own = {module: module for module in model.modules() if isinstance(module, TorchvisionBackbone)}
+    ours_already = TorchvisionBackbone | AcceleratedBackbone
+    own = {module: module for module in model.modules() if isinstance(module, ours_already)}
     backbones, left = convert_backbones(model)
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, nn.Module) and not (backbone in own or backbone in backbones or "backbone" in left):
@@ -76,13 +82,17 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
         poolers = {}
     replacements: dict[nn.Module, nn.Module] = {**backbones, **poolers}
     if fuse:
-        replacements |= {old: TorchvisionBackbone(ours.fpn.fuse()).eval() for old, ours in (own | backbones).items()}
+        unfused = {old: why for old, ours in (own | backbones).items() if (why := fusing_obstacle(ours))}
+        left |= {name: unfused[module] for name, module in model.named_modules() if module in unfused}
+        replacements |= {old: ours.fuse() for old, ours in (own | backbones).items() if old not in unfused}
     left |= left_poolers
 
     replaced = put(model, replacements)
     for name in replaced:
         part = model.get_submodule(name)
-        if fuse and isinstance(part, TorchvisionBackbone) and part.fpn.fusion is not None:
+        if fuse and isinstance(part, AcceleratedBackbone) and part.fusion is not None:
+            left |= {f"{name}.{inner}": why for inner, why in part.fusion.left.items()}
+        elif fuse and isinstance(part, TorchvisionBackbone) and isinstance(part.fpn, FPN) and part.fpn.fusion:
             left |= {f"{name}.fpn.{inner}": why for inner, why in part.fpn.fusion.left.items()}
     if fuse:
         heads, left_heads = fuse_conv_heads(model)
@@ -94,6 +104,17 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     model.acceleration = report  # type: ignore[assignment]
     logger.log(logging.WARNING if left else logging.INFO, "%s", report)
     return model
+
+
+def fusing_obstacle(backbone: TorchvisionBackbone | AcceleratedBackbone) -> str | None:
+    """Why there is no inference form of the whole of it; None where there is one."""
+    if isinstance(backbone, TorchvisionBackbone):
+        parts: list[nn.Module] = [backbone]
+        if not isinstance(backbone.fpn, FPN):
+            return f"{type(backbone.fpn).__name__} has no fused form"
+    else:
+        parts = [backbone, backbone.fpn, backbone.fpn.inner_blocks, backbone.fpn.layer_blocks]
+    return next((why for part in parts if (why := obstacle(part))), None)
 
 
 def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[str, str]:
@@ -110,13 +131,15 @@ def described(ours: nn.Module) -> str:
     if isinstance(ours, MultiScaleRoIAlign):
         return f"roi.{ours!r}"
     fused = any(isinstance(module, FusedConv2d) for module in ours.modules())
-    if isinstance(ours, TorchvisionBackbone):
+    if isinstance(ours, TorchvisionBackbone | AcceleratedBackbone):
         return f"{'fused ' if fused else ''}fpn.FPN, levels {', '.join(ours.names)}"
     return f"{type(ours).__name__}, its convolutions fused" if fused else type(ours).__name__
 
 
 def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a detector under the names that it had before `accelerate`, of the same tensors.
+    """The state dict of a detector under torchvision's names, of the same tensors.
+
+    That of an accelerated detector has them anyway; this is for one around a `TorchvisionBackbone`.
 
     Raises:
         ValueError: torchvision has no names for a part of it: it is fused, or its backbone computes what theirs does
@@ -126,8 +149,13 @@ def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, TorchvisionBackbone):
             prefix = f"{name}." if name else ""
+            if not isinstance(module.fpn, FPN):
+                raise ValueError(f"torchvision has no names for {type(module.fpn).__name__}")
             backbone = export_state_dict(module.fpn, "torchvision", prefix)
             state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}fpn.")} | backbone
         elif isinstance(module, (FusedConv2d, FusedTwoMLPHead)):
-            raise ValueError(f"{name} is fused: its weights are not those that torchvision has under that name")
+            raise ValueError(
+                f"{name} is fused: its weights are not those that torchvision has under that name. Save the state dict "
+                "before fuse() or accelerate(fuse=True), or of a copy that is not fused"
+            )
     return state

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn.pyramid import FPN, MaxPoolLevel
+from fpn.simple_pyramid import SimpleFeaturePyramid
 
 
 class _NamedLevels(nn.Module):
     """The levels of an FPN, and P6 by `MaxPoolLevel`'s subsampling where the FPN has none above P5."""
 
-    def __init__(self, fpn: FPN) -> None:
+    def __init__(self, fpn: FPN | SimpleFeaturePyramid) -> None:
         super().__init__()
-        if not isinstance(fpn, FPN):
-            raise TypeError(f"fpn must be an fpn.FPN; got {type(fpn).__name__}")
+        if not isinstance(fpn, FPN | SimpleFeaturePyramid):
+            raise TypeError(f"fpn must be an fpn.FPN or an fpn.SimpleFeaturePyramid; got {type(fpn).__name__}")
         self.fpn = fpn
         self.out_channels = fpn.out_channels
         self.strides = fpn.strides if fpn.extra.strides else (*fpn.strides, 2 * fpn.strides[-1])
@@ -26,6 +27,15 @@ class _NamedLevels(nn.Module):
     def levels(self, images: Tensor) -> tuple[Tensor, ...]:
         levels: tuple[Tensor, ...] = self.fpn(images)
         return levels if self.fpn.extra.strides else (*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+
+
+def level_names(fpn: FPN | SimpleFeaturePyramid) -> tuple[str, ...]:
+    """torchvision's names of the levels, "pool" included where the pyramid has none above its coarsest."""
+    made_of_maps = len(fpn.strides) - len(fpn.extra.strides)
+    above = [f"p{round(math.log2(stride))}" for stride in fpn.strides[made_of_maps:]]
+    if not fpn.extra.strides or isinstance(fpn.extra, MaxPoolLevel):
+        above = ["pool"]
+    return (*map(str, range(made_of_maps)), *above)
 
 
 class TorchvisionBackbone(_NamedLevels):
@@ -37,7 +47,7 @@ class TorchvisionBackbone(_NamedLevels):
     An FPN without extra levels gets "pool", as torchvision's own, so that there are five levels for its anchors.
 
     Args:
-        fpn: the pyramid.
+        fpn: the pyramid, an `fpn.FPN` or an `fpn.SimpleFeaturePyramid`.
 
     Attributes:
         out_channels: channels of every level.
@@ -46,16 +56,22 @@ class TorchvisionBackbone(_NamedLevels):
             else "p6", "p7", by stride.
 
     Raises:
-        TypeError: `fpn` is not an `FPN`.
+        TypeError: `fpn` is neither.
     """
 
-    def __init__(self, fpn: FPN) -> None:
+    def __init__(self, fpn: FPN | SimpleFeaturePyramid) -> None:
         super().__init__(fpn)
-        laterals = len(fpn.lateral)
-        above = [f"p{round(math.log2(stride))}" for stride in self.strides[laterals:]]
-        if not fpn.extra.strides or isinstance(fpn.extra, MaxPoolLevel):
-            above = ["pool"]
-        self.names = (*map(str, range(laterals)), *above)
+        self.names = level_names(fpn)
+
+    def fuse(self) -> TorchvisionBackbone:
+        """The inference form, as `FPN.fuse`.
+
+        Raises:
+            ValueError: a part is in training mode, or the pyramid has no such form.
+        """
+        if not isinstance(self.fpn, FPN):
+            raise ValueError(f"{type(self.fpn).__name__} has no fused form")
+        return TorchvisionBackbone(self.fpn.fuse()).eval()
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Images Tensor[N, 3, H, W] -> name: Tensor[N, out_channels, ceil(H / stride), ceil(W / stride)]."""
@@ -79,14 +95,14 @@ class Detectron2Backbone(_NamedLevels):
     as detectron2's own. Images are in detectron2's order and scale if the weights are (`FPN.report` says so).
 
     Args:
-        fpn: the pyramid.
+        fpn: the pyramid, an `fpn.FPN` or an `fpn.SimpleFeaturePyramid`.
 
     Raises:
-        TypeError: `fpn` is not an `FPN`.
+        TypeError: `fpn` is neither.
         ValueError: its strides are not different powers of two.
     """
 
-    def __init__(self, fpn: FPN) -> None:
+    def __init__(self, fpn: FPN | SimpleFeaturePyramid) -> None:
         super().__init__(fpn)
         if len(set(self.strides)) < len(self.strides) or any(stride & (stride - 1) for stride in self.strides):
             raise ValueError(f"fpn must have strides that are different powers of two; got {self.strides}")
@@ -95,7 +111,7 @@ class Detectron2Backbone(_NamedLevels):
     @property
     def size_divisibility(self) -> int:
         """What detectron2 pads height and width to a multiple of: the stride of the coarsest level with a lateral."""
-        return self.strides[len(self.fpn.lateral) - 1]
+        return self.fpn.strides[-1 - len(self.fpn.extra.strides)]
 
     @property
     def padding_constraints(self) -> dict[str, int]:

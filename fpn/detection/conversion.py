@@ -12,7 +12,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from fpn.detection.adapters import TorchvisionBackbone
+from fpn.detection.backbone import AcceleratedBackbone
 from fpn.norm import FrozenBatchNorm2d
 from fpn.pyramid import FPN, P6P7
 from fpn.recognition import class_name, obstacle
@@ -33,7 +33,7 @@ THEIRS: dict[type[nn.Module], type[nn.Module]] = {
 } | {ours: theirs for theirs, ours in BLOCKS.items()}
 
 
-def convert_backbones(model: nn.Module) -> tuple[dict[nn.Module, TorchvisionBackbone], dict[str, str]]:
+def convert_backbones(model: nn.Module) -> tuple[dict[nn.Module, AcceleratedBackbone], dict[str, str]]:
     """Ours for every `BackboneWithFPN` inside `model`, and, by name, why there is none."""
     return convert_all(model, BackboneWithFPN, convert_backbone)
 
@@ -69,7 +69,7 @@ def convert_pooler(pooler: Any) -> MultiScaleRoIAlign:
     return ours.train(pooler.training)
 
 
-def convert_backbone(backbone: Any) -> TorchvisionBackbone:
+def convert_backbone(backbone: Any) -> AcceleratedBackbone:
     """Ours, around the layers of torchvision's, which keeps them too.
 
     Raises:
@@ -88,9 +88,7 @@ def convert_backbone(backbone: Any) -> TorchvisionBackbone:
             own[top] = adopt(own[top], unwrap(block, where), where)
     if isinstance(fpn.extra, P6P7):
         adopt(fpn.extra, neck.extra_blocks, "fpn.extra_blocks")
-    ours = TorchvisionBackbone(fpn)
-    ours.training = backbone.training  # of this module alone: the layers have their own
-    return ours
+    return AcceleratedBackbone(fpn)
 
 
 def sketch(backbone: Any) -> FPN:

@@ -1,0 +1,55 @@
+"""The maps that a trunk returns, in whatever form, as a list of Tensor[N, C, H, W]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+
+def as_maps(output: Any, channels: Sequence[int], layout: str | None) -> list[Tensor]:
+    """What a trunk returned, as a list of maps.
+
+    Args:
+        output: a sequence or a dict of maps, finest first. While torch.fx records, also one Proxy: the output of a
+            trunk that is a leaf of the graph.
+        channels: of each map.
+        layout: of each map: "NCHW", "NHWC", or None: as their shapes tell.
+
+    Raises:
+        TypeError: it is neither a sequence nor a dict.
+        ValueError: it has other channels, or another number of maps.
+    """
+    if isinstance(output, fx.Proxy):
+        whole: Any = output
+        output = [whole[index] for index in range(len(channels))]
+    if isinstance(output, Tensor) or not isinstance(output, (Mapping, Sequence)):  # torch 2.6 compiles no `|` here
+        raise TypeError(
+            f"bottom_up must return a sequence or a dict of feature maps, finest first; got {type(output).__name__}"
+        )
+    maps = list(output.values() if isinstance(output, Mapping) else output)
+    if layout == "NHWC":
+        maps = [c.permute(0, 3, 1, 2) for c in maps]
+    if not any(isinstance(c, fx.Proxy) for c in maps):
+        return in_nchw(maps, tuple(channels), layout)
+    if layout is not None:
+        return maps
+    recorded = in_nchw(maps, tuple(channels), layout)
+    return [recorded[index] for index in range(len(channels))]
+
+
+def in_nchw(maps: list[Tensor], channels: tuple[int, ...], layout: str | None) -> list[Tensor]:
+    """The maps, checked. Where `layout` is None, those that have their channels last, all of them, are permuted.
+
+    torch.fx records it as one call: only the shapes of real maps tell their layout.
+    """
+    found = tuple(c.shape[1] for c in maps)
+    if found == channels:
+        return maps
+    if layout is None and all(c.dim() == 4 for c in maps) and tuple(c.shape[3] for c in maps) == channels:
+        return [c.permute(0, 3, 1, 2) for c in maps]
+    raise ValueError(f"bottom_up must return maps of {channels} channels; got {found}")
+
+
+fx.wrap("in_nchw")

@@ -1,0 +1,230 @@
+"""torch.fx on our pyramids: recorded by PyTorch, cut by torchvision's `create_feature_extractor`, quantized."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fpn import FPN, FPN18, FPN34, FPN50, FPN101, FPN152
+from fpn.norm import FrozenBatchNorm2d
+from tests.comparison import randomise, relative_error
+
+Build = Callable[..., FPN]
+
+BUILDERS: list[Build] = [FPN18, FPN34, FPN50, FPN101, FPN152]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "torchvision's": {"upsample": "nearest", "smooth_top": True, "extra": "maxpool"},
+    "frozen, checkpointed": {"trunk": {"norm_layer": FrozenBatchNorm2d, "checkpoint_stages": (True,) * 4}},
+    "norm in the neck": {"norm_layer": nn.BatchNorm2d, "extra": "p6p7"},
+    "group norm": {"trunk": {"norm_layer": nn.GroupNorm}, "norm_layer": nn.GroupNorm, "extra": "p6p7_on_p5"},
+    "some levels": {"trunk": {"returned_layers": (2, 4)}},
+}
+
+
+def random_fpn(build: Build, fused: bool = False, **options: Any) -> FPN:
+    torch.manual_seed(0)
+    model: FPN = randomise(build(**options)).eval()
+    return model.fuse() if fused else model
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_symbolic_trace(options: str, fused: bool) -> None:
+    model = random_fpn(FPN18, fused, **OPTIONS[options])
+    graph = fx.symbolic_trace(model)
+    with torch.no_grad():
+        for size in ((64, 96), (33, 1)):  # nothing of one size is recorded
+            images = torch.randn(2, 3, *size)
+            for level, expected in zip(graph(images), model(images), strict=True):
+                assert relative_error(level, expected) < 1e-5
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_symbolic_trace_of_every_depth(build: Build) -> None:
+    model = build(trunk={"norm_layer": FrozenBatchNorm2d}).eval()
+    for network in (model, model.fuse()):
+        graph = fx.symbolic_trace(network).graph
+        convolutions = [node for node in graph.nodes if isinstance(module_of(network, node), nn.Conv2d)]
+        assert len(convolutions) == sum(isinstance(module, nn.Conv2d) for module in network.modules())
+
+
+def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def test_a_graph_trains_and_is_saved() -> None:
+    model = FPN18(trunk={"norm_layer": FrozenBatchNorm2d})
+    graph = fx.symbolic_trace(model)
+    images = torch.randn(2, 3, 64, 64)
+    for network in (model, graph):
+        network.zero_grad()
+        sum(level.square().mean() for level in network(images)).backward()
+        gradients = [parameter.grad.clone() for parameter in network.parameters()]
+    model.zero_grad()
+    sum(level.square().mean() for level in model(images)).backward()
+    for gradient, parameter in zip(gradients, graph.parameters(), strict=True):
+        assert relative_error(gradient, parameter.grad) < 1e-4  # two formulas of frozen batch norm
+    buffer = io.BytesIO()
+    torch.save(graph, buffer)
+    buffer.seek(0)
+    twin = torch.load(buffer, weights_only=False)
+    assert all(torch.equal(a, b) for a, b in zip(twin(images), graph(images), strict=True))
+
+
+class Leaf(fx.Tracer):
+    """The trunk is one call of the graph."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name == "bottom_up" or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_a_trunk_that_is_a_leaf() -> None:
+    model = random_fpn(FPN18)
+    graph = fx.GraphModule(model, Leaf().trace(model))
+    images = torch.randn(1, 3, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(graph(images), model(images), strict=True))
+
+
+# --- torchvision's create_feature_extractor
+
+
+def recorded_values(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """A copy of what every module gives, when it gives it."""
+    values: dict[str, Any] = {}
+    for name, module in model.named_modules():
+
+        def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            if torch.is_tensor(output):
+                values[name] = output.clone()
+
+        module.register_forward_hook(keep)
+    with torch.no_grad():
+        model(images)
+    return values
+
+
+@pytest.mark.torchvision
+@pytest.mark.filterwarnings("ignore:NOTE")
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"trunk": {"norm_layer": FrozenBatchNorm2d}, "norm_layer": nn.BatchNorm2d, "extra": "p6p7"}],
+    ids=["plain", "frozen"],
+)
+def test_any_node_can_be_extracted(options: dict[str, Any], fused: bool) -> None:
+    """All nodes at once. What an in-place ReLU follows comes out after the ReLU, as in torchvision's own ResNets."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    model = random_fpn(FPN18, fused, **options)
+    names = [name for name in get_graph_node_names(model)[1] if not name.rpartition(".")[2].startswith("get")]
+    assert len(names) >= (60 if fused else 80)
+    images = torch.randn(1, 3, 65, 96)
+    with torch.no_grad():
+        found = create_feature_extractor(model, names)(images)
+    assert list(found) == names
+    compared = 0
+    for name, expected in recorded_values(copy.deepcopy(model), images).items():
+        inside = [node for node in names if node == name or node.startswith(f"{name}.")]
+        if inside and not name.endswith("relu") and not name.startswith("lateral"):  # called twice; takes an addend
+            value = found[inside[-1]]
+            in_place = not fused and name.endswith(("bn1", "bn2")) and expected.min() < 0 <= value.min()
+            assert relative_error(value, expected.relu() if in_place else expected) < 1e-5, name
+            compared += 1
+    assert compared >= 30
+    assert all(torch.is_tensor(value) for value in found.values())
+
+
+@pytest.mark.torchvision
+@pytest.mark.filterwarnings("ignore:NOTE")
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_levels_and_stages_by_name(build: Build, fused: bool) -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = random_fpn(build, fused, smooth_top=True)
+    stages = {f"bottom_up.layer{stage}": f"c{stage + 1}" for stage in (1, 2, 3, 4)}
+    extractor = create_feature_extractor(model, stages | {f"smooth.{top}": f"p{5 - top}" for top in range(4)})
+    images = torch.randn(1, 3, 64, 33)
+    with torch.no_grad():
+        found, maps, levels = extractor(images), model.bottom_up(images), model(images)
+    for index in range(4):
+        assert relative_error(found[f"c{index + 2}"], maps[index]) < 1e-4
+        assert relative_error(found[f"p{index + 2}"], levels[index]) < 1e-4
+
+
+@pytest.mark.torchvision
+@pytest.mark.filterwarnings("ignore:NOTE")
+def test_an_extractor_trains() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = FPN18()
+    found = create_feature_extractor(model, ["smooth.3"])(torch.randn(2, 3, 64, 64))
+    found["smooth.3"].square().mean().backward()
+    assert model.bottom_up.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.torchvision
+def test_a_trunk_whose_layout_only_shapes_tell_is_recorded() -> None:
+    """torchvision's Swin: Tensor[N, H, W, C] in the graph, too."""
+    import torchvision
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    swin = torchvision.models.swin_transformer.SwinTransformer([4, 4], 8, [1, 1, 1, 1], [1, 1, 1, 1], [7, 7])
+    nodes = [f"features.{index}" for index in (1, 3, 5, 7)]
+    model = FPN(create_feature_extractor(swin, nodes), (8, 16, 32, 64), (4, 8, 16, 32), out_channels=8).eval()
+    graph = fx.symbolic_trace(model)
+    images = torch.randn(1, 3, 96, 64)
+    levels, expected = graph(images), model(images)
+    assert [tuple(level.shape) for level in levels] == [(1, 8, 96 // s, 64 // s) for s in (4, 8, 16, 32)]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(levels, expected, strict=True))
+
+
+# --- PyTorch's graph-mode quantization
+
+
+def quantization() -> Any:
+    return pytest.importorskip("torch.ao.quantization.quantize_fx")
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="no int8 convolutions here")
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("options", ["plain", "frozen, checkpointed", "norm in the neck"])
+def test_graph_mode_quantization(options: str, fused: bool) -> None:
+    """Every convolution is an int8 one, and the levels are float32's to a few in a hundred (8 bits, 20 layers)."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+
+    module = quantization()
+    model = random_fpn(FPN18, fused, **OPTIONS[options])
+    images = torch.rand(2, 3, 96, 128)
+    with torch.no_grad():
+        prepared = module.prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (images,))
+        prepared(images)
+        quantized = module.convert_fx(prepared)
+        for level, expected in zip(quantized(images), model(images), strict=True):
+            assert relative_error(level, expected) < 0.1
+        assert quantized(torch.rand(1, 3, 70, 65))[0].shape == (1, 256, 18, 17)
+    in_int8 = [layer for layer in quantized.modules() if "quantized" in type(layer).__module__]
+    assert len(in_int8) == sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="no int8 convolutions here")
+def test_quantization_aware_training() -> None:
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+
+    module = quantization()
+    images = torch.rand(2, 3, 64, 64)
+    prepared = module.prepare_qat_fx(FPN18().train(), get_default_qat_qconfig_mapping("x86"), (images,))
+    sum(level.square().mean() for level in prepared(images)).backward()
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+    quantized = module.convert_fx(prepared.eval())
+    assert [tuple(level.shape[2:]) for level in quantized(images)] == [(16, 16), (8, 8), (4, 4), (2, 2)]
