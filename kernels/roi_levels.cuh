@@ -18,8 +18,8 @@ template <typename T, typename Coord> struct Levels {
     int width[kMaxLevels];
     Coord canonical_scale;  // side of the boxes, in their units, that belong to
     Coord canonical_level;  // this level
-    Coord finest_level;     // -log2 of the first scale
-    Coord coarsest_level;   // -log2 of the last scale
+    Coord finest_level;     // -log2 of the first scale, a whole number
+    Coord coarsest_level;   // -log2 of the last scale, likewise
     int count;
 };
 

@@ -1,8 +1,10 @@
 """RoI feature extraction: pure torch, and CUDA kernels that CuPy compiles at run time."""
 
 import sys
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
@@ -23,15 +25,11 @@ from roi.functions import (  # noqa: E402
     roi_align,
     roi_pool,
 )
-from roi.modules import (  # noqa: E402
-    MultiScaleRoIAlign,
-    MultiScaleRoIPool,
-    PSRoIAlign,
-    PSRoIPool,
-    RoIAlign,
-    RoIPool,
-)
+from roi.modules import PSRoIAlign, PSRoIPool, RoIAlign, RoIPool  # noqa: E402
 from roi.torch_path.memory import empty_cache  # noqa: E402
+
+if TYPE_CHECKING:
+    from roi.poolers import MultiScaleRoIAlign, MultiScaleRoIPool
 
 __all__ = [
     "MultiScaleRoIAlign",
@@ -51,3 +49,16 @@ __all__ = [
     "roi_pool",
     "set_default_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The poolers, whose base class is torchvision's where that is installed: only who asks for them imports it."""
+    if name in ("MultiScaleRoIAlign", "MultiScaleRoIPool"):
+        value: object = getattr(import_module("roi.poolers"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,22 +31,45 @@ def check_input(input: Tensor, name: str = "input") -> None:
 
 
 def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) in bins of `output_size`, an int or a pair of them, each at least 1."""
-    pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
-    if len(pair) != 2 or not all(is_integer(side) and side >= 1 for side in pair):
+    """(height, width) in bins of `output_size`, an integer or any sequence of one or two, each at least 1."""
+    one = is_integer(output_size) or not isinstance(output_size, Iterable)
+    sides: list[Any] = [output_size] if one else list(cast("Iterable[int]", output_size))
+    if len(sides) not in (1, 2) or not all(is_integer(side) and side >= 1 for side in sides):
         raise ValueError(f"output_size must be an int or a pair of ints, at least 1; got {output_size!r}")
-    height, width = (side if isinstance(side, torch.SymInt) else index(side) for side in pair)
+    height, width = (
+        cast(int, side) if isinstance(side, torch.SymInt) else index(side) for side in (sides[0], sides[-1])
+    )
     return height, width
 
 
 def check_scale(spatial_scale: float, name: str = "spatial_scale") -> float:
     """A positive number of cells of the map per unit of the boxes, finite in float32, as a float."""
-    if not isinstance(spatial_scale, (Real, torch.SymInt, torch.SymFloat)):
+    if not is_number(spatial_scale):
         raise TypeError(f"{name} must be a number; got {spatial_scale!r}")
     scale = float(spatial_scale)
     if not 0 < scale <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and positive; got {spatial_scale!r}")
     return scale
+
+
+def scaled(rois: Tensor, spatial_scale: float | Sequence[float]) -> tuple[Tensor, float]:
+    """The boxes and the scale that an operator is to take.
+
+    Args:
+        rois: Tensor[K, 5].
+        spatial_scale: cells of the map per unit of the boxes, or those in height and in width. Operators multiply by
+            one number only, before all else: for two, the boxes come multiplied.
+    """
+    if is_number(spatial_scale) or not isinstance(spatial_scale, Iterable):
+        return rois, check_scale(cast(float, spatial_scale))
+    scales = [check_scale(scale) for scale in spatial_scale]
+    if len(scales) != 2:
+        raise ValueError(f"spatial_scale must be a number or a pair (height, width); got {spatial_scale!r}")
+    if scales[0] == scales[1]:
+        return rois, scales[0]
+    height, width = scales
+    image, x1, y1, x2, y2 = rois.unbind(1)
+    return torch.stack((image, x1 * width, y1 * height, x2 * width, y2 * height), dim=1), 1.0
 
 
 def sampling_count(sampling_ratio: int) -> int:
@@ -60,20 +84,33 @@ def check_int(value: int, name: str) -> int:
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer of Python's, NumPy's or a compiler's. Tensors and arrays only have its methods."""
-    return hasattr(type(value), "__index__") and not isinstance(value, (Tensor, np.ndarray))
+    """Whether it is an integer of Python's, NumPy's or a compiler's, or a tensor or array that is one."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not (value.is_floating_point() or value.is_complex())
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind in "biu"
+    return hasattr(type(value), "__index__")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of Python's, NumPy's or a compiler's, or a tensor or array that is one."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind in "biuf"
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat))
 
 
 def check_flag(value: bool, name: str) -> bool:
     """A bool, an integer that stands for one, or NumPy's."""
-    if not isinstance(value, (int, np.bool_)):
+    if not (isinstance(value, np.bool_) or is_integer(value)):
         raise TypeError(f"{name} must be a bool; got {value!r}")
     return bool(value)
 
 
 def check_canonical(canonical_scale: float, canonical_level: float) -> tuple[float, float]:
     for value, name in ((canonical_scale, "canonical_scale"), (canonical_level, "canonical_level")):
-        if not isinstance(value, Real) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise TypeError(f"{name} must be a finite number; got {value!r}")
     if canonical_scale <= 0:
         raise ValueError(f"canonical_scale must be positive; got {canonical_scale!r}")
@@ -93,7 +130,7 @@ def check_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float]) -
                 f"{tuple(first.shape[:2])}, {first.dtype}, {first.device}; "
                 f"got {tuple(map_.shape[:2])}, {map_.dtype}, {map_.device}"
             )
-    if not isinstance(spatial_scales, Sequence):
+    if isinstance(spatial_scales, Tensor) or not isinstance(spatial_scales, Iterable):
         raise TypeError(f"spatial_scales must be a list of a number per level; got {type(spatial_scales).__name__}")
     scales = [check_scale(scale, "spatial_scales") for scale in spatial_scales]
     if len(scales) != len(features):

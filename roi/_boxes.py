@@ -10,58 +10,81 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Boxes = Tensor | Sequence[Tensor]
+PerImage = Tensor | NDArray[Any]
+Boxes = PerImage | Sequence[PerImage]
+
+# Integers that float32 holds all of; larger ones go to float64, which holds all that are below 2^53.
+SHORT_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16)
 
 
 def as_rois(boxes: Boxes, input: Tensor) -> Tensor:
     """One Tensor[K, 5] of rows (batch index, x1, y1, x2, y2) on the device of `input`, float32 or float64.
 
     Args:
-        boxes: Tensor[K, 5] of such rows, or one Tensor[Ki, 4] of (x1, y1, x2, y2) for each image of the batch. Any
-            floating-point dtype; half precision is widened, for it cannot hold pixel coordinates beyond 2048 exactly.
+        boxes: Tensor[K, 5] of such rows, or one Tensor[Ki, 4] of (x1, y1, x2, y2) for each image of the batch; or NumPy
+            arrays of that form. Any floating-point or integer dtype; half precision is widened, for it cannot hold
+            pixel coordinates beyond 2048 exactly. Without boxes, also of shape [0].
         input: the features, Tensor[N, C, H, W].
 
     Raises:
-        TypeError: `boxes` is neither, or not floating point.
-        ValueError: a shape, the number of boxes' tensors or a device is wrong.
+        TypeError: `boxes` is neither, or not of numbers.
+        ValueError: a shape, the number of boxes' tensors, the format of the coordinates or a device is wrong.
     """
-    if isinstance(boxes, Tensor):
-        check_boxes(boxes, "boxes", 5, input)
-        return widened(boxes)
+    if isinstance(boxes, (Tensor, np.ndarray)):
+        return coordinates(boxes, "boxes", 5, input)
     if not isinstance(boxes, Sequence):
         raise TypeError(f"boxes must be a Tensor[K, 5] or a list of Tensor[Ki, 4]; got {type(boxes).__name__}")
     if len(boxes) != input.shape[0]:
         raise ValueError(
             f"boxes must be a list of one Tensor[Ki, 4] per image; got {len(boxes)} for a batch of {input.shape[0]}"
         )
-    for image, per_image in enumerate(boxes):
-        check_boxes(per_image, f"boxes[{image}]", 4, input)
     if not boxes:
         return input.new_empty((0, 5), dtype=torch.float32)
-    coordinates = widened(torch.cat(list(boxes)))
-    index = torch.cat([coordinates.new_full((part.shape[0], 1), image) for image, part in enumerate(boxes)])
-    return torch.cat([index, coordinates], dim=1)
+    parts = [coordinates(per_image, f"boxes[{image}]", 4, input) for image, per_image in enumerate(boxes)]
+    joined = torch.cat(parts)
+    index = torch.cat([joined.new_full((part.shape[0], 1), image) for image, part in enumerate(parts)])
+    return torch.cat([index, joined], dim=1)
 
 
-def widened(boxes: Tensor) -> Tensor:
-    return boxes if boxes.dtype == torch.float64 else boxes.float()
-
-
-def check_boxes(boxes: Tensor, name: str, columns: int, input: Tensor) -> None:
+def coordinates(boxes: PerImage, name: str, columns: int, input: Tensor) -> Tensor:
+    """Boxes as a float32 or float64 Tensor[K, columns]; numbers are as they were."""
+    form = f"{name} must be a Tensor[K, {columns}] on {input.device}"
+    if isinstance(boxes, np.ndarray):
+        boxes = from_numpy(boxes, form).to(input.device)
     if not isinstance(boxes, Tensor):
-        raise TypeError(f"{form(name, columns, input)}; got {type(boxes).__name__}")
+        raise TypeError(f"{form}; got {type(boxes).__name__}")
     if boxes.layout != torch.strided:
-        raise TypeError(f"{form(name, columns, input)}; got one of {boxes.layout}")
+        raise TypeError(f"{form}; got one of {boxes.layout}")
+    if boxes.dim() == 1 and boxes.shape[0] == 0:
+        boxes = boxes.reshape(0, columns)  # what torch.tensor([]) and np.array([]) are
     if boxes.dim() != 2 or boxes.shape[1] != columns:
-        raise ValueError(f"{form(name, columns, input)}; got shape {tuple(boxes.shape)}")
-    if not boxes.is_floating_point():
-        raise TypeError(f"{form(name, columns, input)}; got {boxes.dtype}")
+        raise ValueError(f"{form}; got shape {tuple(boxes.shape)}")
+    if boxes.dtype == torch.bool or boxes.is_complex():
+        raise TypeError(f"{form}, of numbers; got {boxes.dtype}")
     if boxes.device != input.device:
-        raise ValueError(f"{form(name, columns, input)}; got one on {boxes.device}")
+        raise ValueError(f"{form}; got one on {boxes.device}")
+    check_format(boxes, form)
+    if boxes.is_floating_point():
+        return boxes if boxes.dtype == torch.float64 else boxes.float()
+    return boxes.float() if boxes.dtype in SHORT_INTEGERS else boxes.double()
 
 
-def form(name: str, columns: int, input: Tensor) -> str:
-    return f"{name} must be a floating-point Tensor[K, {columns}] on {input.device}"
+def from_numpy(boxes: NDArray[Any], form: str) -> Tensor:
+    if boxes.dtype.kind not in "fiu":
+        raise TypeError(f"{form}, of numbers; got {boxes.dtype}")
+    # torch takes neither negative strides nor another byte order, and warns of memory that is read-only.
+    return torch.from_numpy(np.array(boxes, dtype=boxes.dtype.newbyteorder("="), order="C"))
+
+
+def check_format(boxes: Tensor, form: str) -> None:
+    """Raise for `torchvision.tv_tensors.BoundingBoxes` whose coordinates are not the corners."""
+    found = getattr(boxes, "format", None)
+    name = getattr(found, "name", found)
+    if type(boxes) is not Tensor and isinstance(name, str) and name != "XYXY":
+        raise ValueError(
+            f"{form}, of (x1, y1, x2, y2); got boxes of the format {name}: convert them with "
+            'torchvision.transforms.v2.functional.convert_bounding_box_format(boxes, new_format="XYXY")'
+        )
 
 
 def check_content(rois: Tensor, batch_size: int) -> None:

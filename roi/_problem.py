@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def level_range(scales: Sequence[float]) -> tuple[int, int]:
+    """The levels of the first and of the last map: -log2 of their scales, in float32 and without the fraction."""
+    first, last = (int(-np.log2(np.float32(scale))) for scale in (scales[0], scales[-1]))
+    return first, last
 
 
 class Pooling(NamedTuple):

@@ -14,9 +14,9 @@ from roi._arguments import (
     check_flag,
     check_input,
     check_pyramid,
-    check_scale,
     output_pair,
     sampling_count,
+    scaled,
 )
 from roi._backend import check_backend
 from roi._boxes import Boxes, as_rois
@@ -58,7 +58,7 @@ def roi_pool(
     input: Tensor,
     boxes: Boxes,
     output_size: int | Sequence[int],
-    spatial_scale: float = 1.0,
+    spatial_scale: float | Sequence[float] = 1.0,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -75,10 +75,12 @@ def roi_pool(
     Args:
         input: Tensor[N, C, H, W], floating point. Its memory format is that of the output.
         boxes: Tensor[K, 5] of (batch index, x1, y1, x2, y2), or for each of the N images a Tensor[Ki, 4] of
-            (x1, y1, x2, y2); of any floating-point dtype, whatever that of `input`. Float64 coordinates are rounded in
-            float64, all others in float32.
+            (x1, y1, x2, y2); or NumPy arrays of that form. Of any floating-point or integer dtype, whatever that of
+            `input`. Coordinates of float64 and of integers of 32 bits or more are rounded in float64, all others in
+            float32.
         output_size: bins, an int or (height, width).
-        spatial_scale: cells of the map per unit of the boxes: 1/16 for boxes in pixels and a map of stride 16.
+        spatial_scale: cells of the map per unit of the boxes: 1/16 for boxes in pixels and a map of stride 16. Or
+            a pair of them, in height and in width.
         backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
 
     Returns:
@@ -91,9 +93,9 @@ def roi_pool(
         RuntimeError: backend="cupy" where it cannot run; the message says what to install.
     """
     check_input(input)
-    rois = as_rois(boxes, input)
+    rois, scale = scaled(as_rois(boxes, input), spatial_scale)
     sides = output_pair(output_size)
-    return ROI_POOL([input], rois, check_scale(spatial_scale), *sides, check_backend(backend))
+    return ROI_POOL([input], rois, scale, *sides, check_backend(backend))
 
 
 @overridable
@@ -101,7 +103,7 @@ def roi_align(
     input: Tensor,
     boxes: Boxes,
     output_size: int | Sequence[int],
-    spatial_scale: float = 1.0,
+    spatial_scale: float | Sequence[float] = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
     *,
@@ -120,10 +122,12 @@ def roi_align(
         input: Tensor[N, C, H, W], floating point. Contiguous and channels_last features are each read as they lie; the
             latter is faster.
         boxes: Tensor[K, 5] of (batch index, x1, y1, x2, y2), or for each of the N images a Tensor[Ki, 4] of
-            (x1, y1, x2, y2); of any floating-point dtype, whatever that of `input`. Coordinates are computed in float64
-            for float64 boxes, in float32 for all others.
+            (x1, y1, x2, y2); or NumPy arrays of that form. Of any floating-point or integer dtype, whatever that of
+            `input`. Coordinates are computed in float64 for boxes of float64 and of integers of 32 bits or more, in
+            float32 for all others.
         output_size: bins, an int or (height, width).
-        spatial_scale: cells of the map per unit of the boxes: 1/16 for boxes in pixels and a map of stride 16.
+        spatial_scale: cells of the map per unit of the boxes: 1/16 for boxes in pixels and a map of stride 16. Or
+            a pair of them, in height and in width.
         sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
         aligned: whether cells have their values at their centres (detectron2's ROIAlignV2), as pixels have.
         backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
@@ -138,10 +142,10 @@ def roi_align(
         RuntimeError: backend="cupy" where it cannot run; the message says what to install.
     """
     check_input(input)
-    rois = as_rois(boxes, input)
+    rois, scale = scaled(as_rois(boxes, input), spatial_scale)
     sides = output_pair(output_size)
     sampling = sampling_count(sampling_ratio), check_flag(aligned, "aligned")
-    return ROI_ALIGN([input], rois, check_scale(spatial_scale), *sides, *sampling, check_backend(backend))
+    return ROI_ALIGN([input], rois, scale, *sides, *sampling, check_backend(backend))
 
 
 @overridable
@@ -169,7 +173,8 @@ def multiscale_roi_align(
         features: Tensor[N, C, Hl, Wl] of each level, finest first, alike in everything but height and width. Where
             their memory formats differ, the first one's is used.
         boxes: Tensor[K, 5] of (batch index, x1, y1, x2, y2), or for each of the N images a Tensor[Ki, 4] of
-            (x1, y1, x2, y2); of any floating-point dtype, whatever that of `features`.
+            (x1, y1, x2, y2); or NumPy arrays of that form. Of any floating-point or integer dtype, whatever that of
+            `features`.
         output_size: bins, an int or (height, width).
         spatial_scales: of each level, cells of the map per unit of the boxes: 1/4, 1/8, … for an FPN's P2, P3, ….
         sampling_ratio: samples along each side of a bin; 0 or less: as many as the bin is cells long, rounded up.
@@ -222,7 +227,7 @@ def ps_roi_pool(
     input: Tensor,
     boxes: Boxes,
     output_size: int | Sequence[int],
-    spatial_scale: float = 1.0,
+    spatial_scale: float | Sequence[float] = 1.0,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -239,9 +244,10 @@ def ps_roi_pool(
     Args:
         input: Tensor[N, C·height·width, H, W], floating point.
         boxes: Tensor[K, 5] of (batch index, x1, y1, x2, y2), or for each of the N images a Tensor[Ki, 4] of
-            (x1, y1, x2, y2); of any floating-point dtype, whatever that of `input`.
+            (x1, y1, x2, y2); or NumPy arrays of that form. Of any floating-point or integer dtype, whatever that of
+            `input`.
         output_size: bins, an int or (height, width).
-        spatial_scale: cells of the map per unit of the boxes.
+        spatial_scale: cells of the map per unit of the boxes, or a pair of them, in height and in width.
         backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
 
     Returns:
@@ -254,8 +260,8 @@ def ps_roi_pool(
         RuntimeError: backend="cupy" where it cannot run; the message says what to install.
     """
     sides = position_sensitive_sides(input, output_size)
-    rois = as_rois(boxes, input)
-    return PS_ROI_POOL([input], rois, check_scale(spatial_scale), *sides, check_backend(backend))
+    rois, scale = scaled(as_rois(boxes, input), spatial_scale)
+    return PS_ROI_POOL([input], rois, scale, *sides, check_backend(backend))
 
 
 @overridable
@@ -263,7 +269,7 @@ def ps_roi_align(
     input: Tensor,
     boxes: Boxes,
     output_size: int | Sequence[int],
-    spatial_scale: float = 1.0,
+    spatial_scale: float | Sequence[float] = 1.0,
     sampling_ratio: int = -1,
     *,
     backend: str = "auto",
@@ -280,9 +286,9 @@ def ps_roi_align(
     Returns, Raises: as `ps_roi_pool`.
     """
     sides = position_sensitive_sides(input, output_size)
-    rois = as_rois(boxes, input)
+    rois, scale = scaled(as_rois(boxes, input), spatial_scale)
     sampling = sampling_count(sampling_ratio)
-    return PS_ROI_ALIGN([input], rois, check_scale(spatial_scale), *sides, sampling, check_backend(backend))
+    return PS_ROI_ALIGN([input], rois, scale, *sides, sampling, check_backend(backend))
 
 
 def position_sensitive_sides(input: Tensor, output_size: int | Sequence[int]) -> tuple[int, int]:

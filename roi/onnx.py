@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from roi._operators import MULTISCALE_ROI_ALIGN, MULTISCALE_ROI_POOL, ROI_ALIGN, ROI_POOL, Family
-from roi._problem import LEVEL_EPSILON, Pooling
+from roi._problem import LEVEL_EPSILON, Pooling, level_range
 from roi.torch_path.bins import MAX_CELL
 
 try:
@@ -186,9 +186,9 @@ def places_by_level(rois: Value, pooling: Pooling) -> tuple[list[Value], Value |
     x1, y1, x2, y2 = (columns(rois, i, i + 1) for i in range(1, 5))
     size = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))  # NaN, of a negative area, reaches no level
     # ONNX has no log2: floor(canonical_level + log2(size / canonical_scale) + EPSILON) >= k as a bound of the size.
-    finest, coarsest = -math.log2(pooling.scales[0]), -math.log2(pooling.scales[-1])
-    steps = max(0, math.floor(coarsest - finest))
-    bounds = [math.ceil(finest + step) - pooling.canonical_level - LEVEL_EPSILON for step in range(1, steps + 1)]
+    finest, coarsest = level_range(pooling.scales)
+    steps = max(0, coarsest - finest)
+    bounds = [finest + step - pooling.canonical_level - LEVEL_EPSILON for step in range(1, steps + 1)]
     count = len(pooling.scales)
     smallest = constant([pooling.canonical_scale * 2**bound for bound in bounds] or [math.inf], rois.dtype)
     reached = op.Cast(op.GreaterOrEqual(size, smallest), to=ir.DataType.INT64)

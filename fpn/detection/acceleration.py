@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,7 +17,6 @@ from fpn.detection.box_head import FusedTwoMLPHead
 from fpn.fused_conv import FusedConv2d
 from fpn.pyramid import FPN
 from fpn.recognition import class_name, obstacle
-from roi import MultiScaleRoIAlign
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +37,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     RetinaNet, FCOS or a model of yours), by ours in the same module tree, and every
     `torchvision.ops.MultiScaleRoIAlign`, by `roi.MultiScaleRoIAlign`. What is not
     exactly as torchvision builds it (another trunk, other blocks, hooks, levels with names of your own) is left as it
-    is, and so are the poolers beside it: ours need strides that double from level to level, and those of MobileNet's
-    pyramids do not.
+    is. A pooler gets the strides of the new backbone, or of a `TorchvisionBackbone` that is there, so that images may
+    have any size; beside any other backbone it infers them, as torchvision's does, and scales that were set or
+    inferred before stay.
 
     The new backbone has the very parameters of the old one, under the same names, in the same order: an optimizer made
     before stays valid, dtype, device, `requires_grad` and train or eval mode are what they were, and checkpoints of the
@@ -66,8 +66,9 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a detector, an nn.Module; got {type(model).__name__}")
-    from fpn.detection.conversion import convert_backbones, convert_poolers
+    from fpn.detection.conversion import convert_backbones, convert_poolers, give_scales
     from fpn.detection.heads import fuse_box_heads, fuse_conv_heads
+    from roi import MultiScaleRoIAlign, MultiScaleRoIPool
 
     ours_already = TorchvisionBackbone | AcceleratedBackbone
     own = {module: module for module in model.modules() if isinstance(module, ours_already)}
@@ -75,17 +76,17 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, nn.Module) and not (backbone in own or backbone in backbones or "backbone" in left):
         left["backbone"] = f"it is {class_name(backbone)}, not torchvision's BackboneWithFPN"
-    poolers, left_poolers = convert_poolers(model)
-    if left or not (own or backbones):
-        reason = "the backbone is not ours, and its levels may have any strides"
-        left_poolers |= {name: reason for name, module in model.named_modules() if module in poolers}
-        poolers = {}
+    scales = known_scales([*own.values(), *backbones.values()], everything=not left)
+    poolers, left_poolers = convert_poolers(model, scales)
     replacements: dict[nn.Module, nn.Module] = {**backbones, **poolers}
     if fuse:
         unfused = {old: why for old, ours in (own | backbones).items() if (why := fusing_obstacle(ours))}
         left |= {name: unfused[module] for name, module in model.named_modules() if module in unfused}
         replacements |= {old: ours.fuse() for old, ours in (own | backbones).items() if old not in unfused}
     left |= left_poolers
+    for module in model.modules():
+        if isinstance(module, MultiScaleRoIAlign | MultiScaleRoIPool):
+            give_scales(module, scales)
 
     replaced = put(model, replacements)
     for name in replaced:
@@ -104,6 +105,16 @@ def accelerate(model: Model, *, fuse: bool = False) -> Model:
     model.acceleration = report  # type: ignore[assignment]
     logger.log(logging.WARNING if left else logging.INFO, "%s", report)
     return model
+
+
+def known_scales(backbones: Sequence[TorchvisionBackbone | AcceleratedBackbone], everything: bool) -> dict[str, float]:
+    """The scales of the maps that poolers see, by name; empty if they are not all known or not all the same.
+
+    Args:
+        everything: whether these are all the backbones that there are.
+    """
+    found = [backbone.spatial_scales for backbone in backbones]
+    return found[0] if everything and found and all(scales == found[0] for scales in found) else {}
 
 
 def fusing_obstacle(backbone: TorchvisionBackbone | AcceleratedBackbone) -> str | None:
@@ -128,7 +139,7 @@ def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[s
 
 
 def described(ours: nn.Module) -> str:
-    if isinstance(ours, MultiScaleRoIAlign):
+    if type(ours).__module__.startswith("roi."):
         return f"roi.{ours!r}"
     fused = any(isinstance(module, FusedConv2d) for module in ours.modules())
     if isinstance(ours, TorchvisionBackbone | AcceleratedBackbone):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +38,17 @@ def level_names(fpn: FPN | SimpleFeaturePyramid) -> tuple[str, ...]:
     return (*map(str, range(made_of_maps)), *above)
 
 
+class NamedStrides(Protocol):
+    """A backbone whose levels have names and strides, finest first."""
+
+    names: tuple[str, ...]
+    strides: tuple[int, ...]
+
+
+def scales_of(backbone: NamedStrides) -> dict[str, float]:
+    return {name: 1 / stride for name, stride in zip(backbone.names, backbone.strides, strict=True)}
+
+
 class TorchvisionBackbone(_NamedLevels):
     """An FPN as the backbone of torchvision's FasterRCNN, MaskRCNN, KeypointRCNN, RetinaNet and FCOS.
 
@@ -62,6 +73,11 @@ class TorchvisionBackbone(_NamedLevels):
     def __init__(self, fpn: FPN | SimpleFeaturePyramid) -> None:
         super().__init__(fpn)
         self.names = level_names(fpn)
+
+    @property
+    def spatial_scales(self) -> dict[str, float]:
+        """Of each level by its name, cells per pixel: what `roi.MultiScaleRoIAlign(spatial_scales=)` takes."""
+        return scales_of(self)
 
     def fuse(self) -> TorchvisionBackbone:
         """The inference form, as `FPN.fuse`.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn.changes import Changes
-from fpn.detection.adapters import level_names
+from fpn.detection.adapters import level_names, scales_of
 from fpn.pyramid import FPN, top_down
 from fpn.recognition import is_sequence
 
@@ -73,6 +73,11 @@ class AcceleratedBackbone(nn.Module):
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Images Tensor[N, 3, H, W] -> name: Tensor[N, out_channels, ceil(H / stride), ceil(W / stride)]."""
         return OrderedDict(zip(self.names, self.fpn(self.body(images)), strict=True))
+
+    @property
+    def spatial_scales(self) -> dict[str, float]:
+        """Of each level by its name, cells per pixel: what `roi.MultiScaleRoIAlign(spatial_scales=)` takes."""
+        return scales_of(self)
 
     def pyramid(self) -> FPN:
         """The FPN of these very layers."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -17,7 +18,7 @@ from fpn.norm import FrozenBatchNorm2d
 from fpn.pyramid import FPN, P6P7
 from fpn.recognition import class_name, obstacle
 from fpn.resnet import BasicBlock, Block, Bottleneck, ResNet
-from roi import MultiScaleRoIAlign
+from roi import MultiScaleRoIAlign, MultiScaleRoIPool
 
 Ours = TypeVar("Ours", bound=nn.Module)
 
@@ -38,9 +39,15 @@ def convert_backbones(model: nn.Module) -> tuple[dict[nn.Module, AcceleratedBack
     return convert_all(model, BackboneWithFPN, convert_backbone)
 
 
-def convert_poolers(model: nn.Module) -> tuple[dict[nn.Module, MultiScaleRoIAlign], dict[str, str]]:
-    """Ours for every `torchvision.ops.MultiScaleRoIAlign` inside `model`, and, by name, why there is none."""
-    return convert_all(model, ops.MultiScaleRoIAlign, convert_pooler)
+def convert_poolers(
+    model: nn.Module, scales: Mapping[str, float]
+) -> tuple[dict[nn.Module, MultiScaleRoIAlign], dict[str, str]]:
+    """Ours for every `torchvision.ops.MultiScaleRoIAlign` inside `model`, and, by name, why there is none.
+
+    Args:
+        scales: of the maps that they pool, by name; empty where they are not known.
+    """
+    return convert_all(model, ops.MultiScaleRoIAlign, partial(convert_pooler, scales=scales))
 
 
 def convert_all(
@@ -48,7 +55,7 @@ def convert_all(
 ) -> tuple[dict[nn.Module, Ours], dict[str, str]]:
     converted, reasons = {}, {}
     for name, module in model.named_modules():
-        if isinstance(module, theirs) and module is not model:
+        if isinstance(module, theirs) and module is not model and not isinstance(module, MultiScaleRoIAlign):
             try:
                 converted[module] = convert(module)
             except ValueError as reason:
@@ -56,8 +63,8 @@ def convert_all(
     return converted, reasons
 
 
-def convert_pooler(pooler: Any) -> MultiScaleRoIAlign:
-    """Ours for torchvision's, for maps whose strides double from level to level.
+def convert_pooler(pooler: Any, scales: Mapping[str, float]) -> MultiScaleRoIAlign:
+    """Ours for torchvision's. Scales that it has stay; where it has none, they are those given.
 
     Raises:
         ValueError: it is not torchvision's own; the message says how.
@@ -66,7 +73,17 @@ def convert_pooler(pooler: Any) -> MultiScaleRoIAlign:
     check_untouched(pooler)
     levels = {"canonical_scale": pooler.canonical_scale, "canonical_level": pooler.canonical_level}
     ours = MultiScaleRoIAlign(pooler.featmap_names, pooler.output_size, pooler.sampling_ratio, **levels)
+    give_scales(ours, scales)
+    if pooler.scales is not None and pooler.map_levels is not None:  # else it infers both
+        ours.scales, ours.map_levels = pooler.scales, pooler.map_levels
     return ours.train(pooler.training)
+
+
+def give_scales(pooler: MultiScaleRoIAlign | MultiScaleRoIPool, scales: Mapping[str, float]) -> None:
+    """The scales of the maps that it pools, if they are known and it has none."""
+    known = [scale for name, scale in scales.items() if name in pooler.featmap_names]
+    if known and (pooler.scales is None or pooler.map_levels is None):
+        pooler.set_scales(known)
 
 
 def convert_backbone(backbone: Any) -> AcceleratedBackbone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from roi._outputs import empty_gradients
-from roi._problem import Maps, Pooling, memory_format
+from roi._problem import Maps, Pooling, level_range, memory_format
 from roi.kernels import get_kernel
 
 
@@ -93,7 +92,7 @@ def _levels_without_data(
     struct["height"][:count] = [height for height, _ in sizes]
     struct["width"][:count] = [width for _, width in sizes]
     struct["canonical_scale"], struct["canonical_level"] = pooling.canonical_scale, pooling.canonical_level
-    struct["finest_level"], struct["coarsest_level"] = -math.log2(pooling.scales[0]), -math.log2(pooling.scales[-1])
+    struct["finest_level"], struct["coarsest_level"] = level_range(pooling.scales)
     struct["count"] = count
     return struct
 

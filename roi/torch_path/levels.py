@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from roi._boxes import valid_rows
-from roi._problem import LEVEL_EPSILON, Pooling
+from roi._problem import LEVEL_EPSILON, Pooling, level_range
 
 Rows = NDArray[Any] | slice  # some RoIs: their indices, or all from one to another
 
@@ -46,15 +46,24 @@ class Assigned(NamedTuple):
 def map_levels(rois: Tensor, pooling: Pooling) -> Tensor:
     """Tensor[K] of int64: the level of each of Tensor[K, 5] `rois`, counted from the first one.
 
-    k = floor(canonical_level + log2(sqrt(w·h) / canonical_scale)), in the dtype of `rois`, clamped to -log2 of the
-    first and of the last scale, less that of the first. A box without an area, or with a negative one, belongs to the
-    first level. Where scales do not double, there may be fewer levels than the result says: such a box is on none.
+    Where scales do not double, there may be fewer levels than the result says: such a box is on none.
     """
-    finest, coarsest = -math.log2(pooling.scales[0]), -math.log2(pooling.scales[-1])
-    x1, y1, x2, y2 = rois[:, 1:].unbind(1)
+    canonical = pooling.canonical_scale, pooling.canonical_level
+    return level_of(rois[:, 1:], *level_range(pooling.scales), *canonical, LEVEL_EPSILON)
+
+
+def level_of(
+    boxes: Tensor, finest: int, coarsest: int, canonical_scale: float, canonical_level: float, epsilon: float
+) -> Tensor:
+    """Tensor[K] of int64: the level of each of Tensor[K, 4] `boxes`, counted from the finest.
+
+    k = floor(canonical_level + log2(sqrt(w·h) / canonical_scale) + epsilon), in the dtype of `boxes`, clamped to
+    `finest` … `coarsest`. A box without an area, or with a negative one, belongs to the finest level.
+    """
+    x1, y1, x2, y2 = boxes.unbind(1)
     size = ((x2 - x1) * (y2 - y1)).sqrt()
-    level = torch.floor(pooling.canonical_level + torch.log2(size / pooling.canonical_scale) + LEVEL_EPSILON)
-    return (level.nan_to_num(nan=finest).clamp(finest, coarsest) - finest).to(torch.int64)
+    level = torch.floor(canonical_level + torch.log2(size / canonical_scale) + epsilon)
+    return level.nan_to_num(nan=finest).clamp(finest, coarsest).to(torch.int64) - finest
 
 
 def assign(rois: Tensor, batch: int, pooling: Pooling) -> Assigned:
