@@ -10,10 +10,13 @@ from torch import Tensor
 
 from roi._problem import memory_format
 from roi.cupy_path import launch
-from tests.comparison import same_bits
-from tests.cuda_on_cpu import COMPILER, Library, build, reference, roi_pool_variants
-from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
+from tests.cuda_on_cpu import COMPILER, Library, build, roi_pool_variants
 from tests.flat_calls import CUPY as cupy_path
+from tests.reference import max_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.comparison import same_bits
+from tests.reference.levels import level_of
+from tests.reference.maps import features
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -67,7 +70,7 @@ def boxes_for(shape: tuple[int, int, int, int], scale: float, dtype: torch.dtype
 
 
 def expected_pool(input: Tensor, rois: Tensor, scale: float, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    output, argmax = reference.roi_pool(input.double().numpy(), rois.numpy(), scale, *size)
+    output, argmax = max_pool.roi_pool(input.double().numpy(), rois.numpy(), scale, *size)
     return torch.from_numpy(output).to(input.dtype), torch.from_numpy(argmax)
 
 
@@ -107,7 +110,7 @@ def test_backward(ordered, dtype, coordinates, layout, case, request, on_cpu):
     _, argmax = expected_pool(input, rois, scale, size)
     # Small integers: every sum is exact in every dtype, so that any order has to give the same.
     grad = torch.randint(-1, 2, argmax.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = torch.from_numpy(reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), argmax.numpy(), shape))
+    expected = torch.from_numpy(max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), argmax.numpy(), shape))
     assert expected.abs().max() <= 128
 
     argmax = argmax.int().contiguous(memory_format=layout)
@@ -128,7 +131,7 @@ def test_deterministic_backward_adds_in_the_order_of_boxes_and_bins(dtype, layou
     rois = boxes_for(shape, scale, torch.float32).repeat(3, 1)
     _, argmax = expected_pool(torch.randn(shape, generator=torch.Generator().manual_seed(2)), rois, scale, size)
     grad = torch.randn(argmax.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = torch.from_numpy(reference.roi_pool_backward(grad.numpy(), rois.numpy(), argmax.numpy(), shape))
+    expected = torch.from_numpy(max_pool.roi_pool_backward(grad.numpy(), rois.numpy(), argmax.numpy(), shape))
     argmax = argmax.int().contiguous(memory_format=layout)
     actual = pool_backward(grad, rois, argmax, scale, shape)
     assert same_bits(actual, expected + 0.0)
@@ -188,7 +191,7 @@ def test_positions_of_64_bits(ordered, layout, monkeypatch, request, on_cpu):
     assert argmax.dtype == torch.int64
     assert torch.equal(argmax, positions)
     grad = torch.ones_like(output)
-    expected = reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
+    expected = max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
     actual = pool_backward(grad, rois, argmax, scale, shape)
     assert torch.equal(actual.double(), torch.from_numpy(expected))
     assert all("long long" in name for name in on_cpu.launched)
@@ -208,7 +211,7 @@ def test_with_as_many_threads_as_on_a_device(dtype, layout, monkeypatch):
     assert same_bits(output, expected)
     assert torch.equal(argmax.long(), positions)
     grad = torch.ones_like(output)
-    expected = reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
+    expected = max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
     actual = pool_backward(grad, rois, argmax, scale, shape)
     assert torch.equal(actual.double(), torch.from_numpy(expected))
 
@@ -320,10 +323,10 @@ SIZES, SCALES, CANONICAL = [(16, 20), (8, 10), (4, 5)], [1 / 4, 1 / 8, 1 / 16], 
 def expected_of_levels(inputs: list[Tensor], rois: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Output, argmax and the level of each box."""
     arrays = rois.numpy()
-    level = torch.tensor([reference.level_of(box, SCALES, CANONICAL) for box in arrays])
-    pooled = [expected_pool(x, rois, scale, size) for x, scale in zip(inputs, SCALES, strict=True)]
-    k = torch.arange(len(rois))
-    return torch.stack([x for x, _ in pooled])[level, k], torch.stack([x for _, x in pooled])[level, k], level
+    level = torch.tensor([level_of(box, SCALES, CANONICAL) for box in arrays])
+    maps = [x.double().numpy() for x in inputs]
+    output, argmax = max_pool.MaxPool(size).with_argmax(maps, arrays, SCALES, CANONICAL)
+    return torch.from_numpy(output).to(inputs[0].dtype), torch.from_numpy(argmax), level
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -353,7 +356,7 @@ def test_levels_in_one_launch(ordered, dtype, coordinates, layout, request, on_c
     for i, (actual, shape) in enumerate(zip(gradients, shapes, strict=True)):
         mine = level == i
         arrays = (x[mine].numpy() for x in (grad.double(), rois, positions))
-        assert torch.equal(actual.double(), torch.from_numpy(reference.roi_pool_backward(*arrays, shape)))
+        assert torch.equal(actual.double(), torch.from_numpy(max_pool.roi_pool_backward(*arrays, shape)))
         assert actual.is_contiguous(memory_format=layout)
 
 

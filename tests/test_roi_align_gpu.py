@@ -9,9 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparison import relative_error, same_bits
-from tests.cuda_on_cpu import reference
-from tests.cuda_on_cpu.boxes import hostile_boxes, ordinary_boxes
 from tests.cuda_on_cpu.operators import (
     CANONICAL,
     CASES,
@@ -29,6 +26,9 @@ from tests.cuda_on_cpu.operators import (
 )
 from tests.flat_calls import CUPY as cupy_path
 from tests.flat_calls import TORCH as torch_path
+from tests.reference import weighted_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.comparison import relative_error, same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -104,7 +104,7 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
 @ways
 def test_levels_match_the_reference(way, dtype, coordinates, layout):
     maps, rois = pyramid(dtype, layout), pyramid_boxes(coordinates)
-    operator = reference.roi_align((3, 2), -1, True)
+    operator = weighted_pool.roi_align((3, 2), -1, True)
     expected = operator.forward([x.double().numpy() for x in maps], rois.numpy(), SCALES, CANONICAL)
     features = [x.cuda() for x in maps]
     output = cupy_path.multiscale_roi_align(features, rois.cuda(), SCALES, *CANONICAL, 3, 2, -1, True)
