@@ -85,7 +85,7 @@ def differences(case: Case, backend: str, with_gradient: bool) -> tuple[list[str
     """What differs in a case, in words, and how many of its RoIs were compared with the reference."""
     found = []
     args = case.scale, *case.bins
-    output, argmax = torch.ops.fpn_roi.roi_pool(case.input, case.rois, *args, True, backend)
+    output, argmax = torch.ops.fpn_roi.roi_pool_with_argmax(case.input, case.rois, *args, backend)
     if memory_format(output) != memory_format(case.input) and output.shape[1] > 1 and output[0, 0].numel() > 1:
         found.append("memory format from the input's")
     exact = torchvision_bins_are_exact(case.rois, *args)

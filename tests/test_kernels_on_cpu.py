@@ -17,6 +17,7 @@ from tests.reference.boxes import hostile_boxes, ordinary_boxes
 from tests.reference.comparison import same_bits
 from tests.reference.levels import level_of
 from tests.reference.maps import features
+from tests.reference.pyramids import PYRAMIDS, boxes_of_all_kinds
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -366,3 +367,36 @@ def test_boxes_without_an_area_belong_to_the_finest_level():
     rois = torch.tensor([[0, 40.0, 8, 8, 40], [0, 8.0, 8, 8, 60], [0, 0.0, 0, 0, 0], [0, 0.0, 0, 70, 60]])
     output, _ = cupy_path.multiscale_roi_pool(inputs, rois, SCALES, *CANONICAL, 1, 1, False)
     assert output.flatten().tolist() == [0, 0, 0, 2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_any_list_of_scales(name, ordered, coordinates, layout, request, on_cpu):
+    """A box that is on no level comes out as 0 and takes no gradient, a NaN neither."""
+    if ordered:
+        request.getfixturevalue("deterministic")
+    pyramid, dtype = PYRAMIDS[name], torch.float16
+    shapes, rois = pyramid.shapes(8), boxes_of_all_kinds().to(coordinates)
+    inputs = [features(shape, dtype, seed=seed).contiguous(memory_format=layout) for seed, shape in enumerate(shapes)]
+    reference, options = max_pool.MaxPool((3, 2)), (rois.numpy(), pyramid.scales, pyramid.canonical)
+    arrays = [x.double().numpy() for x in inputs]
+    expected, positions = map(torch.from_numpy, reference.with_argmax(arrays, *options))
+
+    flat = (pyramid.scales, *pyramid.canonical)
+    output, argmax = cupy_path.multiscale_roi_pool(inputs, rois, *flat, 3, 2, True)
+    assert same_bits(output, expected.to(dtype))
+    assert torch.equal(argmax.long(), positions)
+    assert same_bits(cupy_path.multiscale_roi_pool(inputs, rois, *flat, 3, 2, False)[0], expected.to(dtype))
+
+    grad = torch.randint(-1, 2, argmax.shape, generator=torch.Generator().manual_seed(1)).double()
+    expected_gradients = reference.backward(grad.numpy(), arrays, *options)
+    grad[pyramid.takes_no_gradient(rois)] = torch.nan
+    sizes = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
+    sizes = *shapes[0][:2], *sizes, layout is torch.channels_last
+    gradients = cupy_path.multiscale_roi_pool_backward(grad.to(dtype), rois, argmax, *flat, *sizes)
+    assert f"backward_{'gather' if ordered else 'atomic'}" in on_cpu.launched[-1]
+    for actual, of_level in zip(gradients, expected_gradients, strict=True):
+        assert torch.equal(actual.double(), torch.from_numpy(of_level))
+        assert actual.is_contiguous(memory_format=layout)

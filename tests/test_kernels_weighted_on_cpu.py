@@ -32,6 +32,7 @@ from tests.reference.boxes import ordinary_boxes
 from tests.reference.comparison import assert_sums_close, same_bits
 from tests.reference.levels import level_of
 from tests.reference.maps import numbers
+from tests.reference.pyramids import PYRAMIDS, boxes_of_all_kinds
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -157,6 +158,36 @@ def test_gradients_of_levels_in_one_launch(way, dtype, coordinates, layout, on_c
         assert of_level.is_contiguous(memory_format=layout)
         assert_sums_close(of_level, torch.from_numpy(expected_of_level))
     assert len(on_cpu.launched) == 1
+
+
+@layouts
+@ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_any_list_of_scales(name, dtype, way, layout, on_cpu):
+    """A box that is on no level comes out as 0 and takes no gradient, a NaN neither."""
+    any_scales = PYRAMIDS[name]
+    shapes, rois = any_scales.shapes(8), boxes_of_all_kinds().to(dtype)
+    maps = [numbers(shape, seed) for seed, shape in enumerate(shapes)]
+    operator = weighted_pool.roi_align((3, 2), 2, False)
+    arrays, options = [x.numpy() for x in maps], (rois.numpy(), any_scales.scales, any_scales.canonical)
+    expected = torch.from_numpy(operator.forward(arrays, *options))
+
+    flat, sampling = (any_scales.scales, *any_scales.canonical), (2, False)
+    inputs = [x.to(dtype).contiguous(memory_format=layout) for x in maps]
+    output = cupy_path.multiscale_roi_align(inputs, rois, *flat, 3, 2, *sampling)
+    assert_sums_close(output, expected)
+
+    grad = numbers(tuple(expected.shape), seed=1)
+    expected_gradients = operator.backward(grad.numpy(), arrays, *options)
+    grad[any_scales.takes_no_gradient(rois)] = torch.nan
+    sizes = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
+    sizes = *shapes[0][:2], *sizes, layout is torch.channels_last
+    gradients = cupy_path.multiscale_roi_align_backward(grad.to(dtype), rois, *flat, *sampling, *sizes)
+    assert [f"backward_{way}<" in launched for launched in on_cpu.launched] == [False, True]
+    for actual, of_level in zip(gradients, expected_gradients, strict=True):
+        assert actual.is_contiguous(memory_format=layout)
+        assert_sums_close(actual, torch.from_numpy(of_level))
 
 
 def test_levels_of_several_layouts_take_the_first_ones():
