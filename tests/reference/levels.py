@@ -21,9 +21,10 @@ def is_valid(box: Array, images: int) -> bool:
 def level_of(box: Array, scales: Sequence[float], canonical: tuple[float, float]) -> int | None:
     """The level of a valid box, as an index into `scales`; None: it is on no level, and its output is 0.
 
-    As torchvision's LevelMapper: level floor(k0 + log2(√(w·h) / s0) + 1e-6), in the box's dtype, clamped to -log2 of
-    the first and of the last scale, less that of the first. Where scales do not double, there may be no such map. One
-    thing differs: a box of a negative area belongs to the first level, and to none in torchvision.
+    As torchvision's pooler does it: level floor(k0 + log2(√(w·h) / s0) + 1e-6), in the box's dtype, clamped to k_min and
+    k_max, less k_min, which are -log2 of the first and of the last scale without their fractions. Where scales do not
+    double, there may be no such map. One thing differs: a box of a negative area belongs to the first level, and to
+    none in torchvision.
 
     Args:
         scales: of each level, cells of the map per unit of the boxes.
@@ -32,11 +33,11 @@ def level_of(box: Array, scales: Sequence[float], canonical: tuple[float, float]
     if len(scales) == 1:
         return 0
     number = box.dtype.type
-    finest, coarsest = -np.log2(scales[0]), -np.log2(scales[-1])
+    k_min, k_max = int(-np.log2(scales[0])), int(-np.log2(scales[-1]))
     with np.errstate(all="ignore"):
         side = np.sqrt((box[3] - box[1]) * (box[4] - box[2]))
         level = np.floor(number(canonical[1]) + np.log2(side / number(canonical[0])) + number(1e-6))
     if np.isnan(level):
-        level = finest
-    index = int(min(max(level, finest), coarsest) - finest)
+        level = k_min
+    index = int(min(max(level, k_min), k_max)) - k_min
     return index if 0 <= index < len(scales) else None
