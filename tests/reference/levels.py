@@ -21,10 +21,10 @@ def is_valid(box: Array, images: int) -> bool:
 def level_of(box: Array, scales: Sequence[float], canonical: tuple[float, float]) -> int | None:
     """The level of a valid box, as an index into `scales`; None: it is on no level, and its output is 0.
 
-    As torchvision's pooler does it: level floor(k0 + log2(√(w·h) / s0) + 1e-6), in the box's dtype, clamped to k_min and
-    k_max, less k_min, which are -log2 of the first and of the last scale without their fractions. Where scales do not
-    double, there may be no such map. One thing differs: a box of a negative area belongs to the first level, and to
-    none in torchvision.
+    As torchvision's pooler does it: level floor(k0 + log2(√(w·h) / s0) + 1e-6), in the box's dtype, clamped to k_min
+    and k_max, less k_min, which are -log2 of the first and of the last scale without their fractions. Where scales do
+    not double, there may be no such map. One thing differs: a box of a negative area belongs to the first level, and
+    to none in torchvision.
 
     Args:
         scales: of each level, cells of the map per unit of the boxes.
