@@ -59,5 +59,9 @@ PYRAMIDS = {
     "equal": Pyramid((1 / 8, 1 / 8), (32, 3), frozenset({0})),
     "MobileNet": Pyramid((1 / 32, 1 / 32, 1 / 64), (32, 6), frozenset({0, 1})),
     "not doubling": Pyramid((1 / 4, 1 / 12), (32, 3), frozenset({0, 1})),
+    # As many maps as the kernels take. A level of -1 that went unnoticed would have the size of a huge map.
+    "eight maps": Pyramid(
+        (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 16, 1 / 16, 1 / 1024), (64, 10), frozenset({3, 4, 5, 6, 7, None})
+    ),
     "coarsest first": Pyramid((1 / 16, 1 / 4), (32, 3), frozenset({None})),
 }
