@@ -33,7 +33,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from benchmarks.harness import describe, environment, interleaved, ratio, table, write_json
 from fpn.detection import accelerate
 from fpn.photo import DEFAULT_PHOTO
-from tests.comparison import randomise, unmatched
+from tests.reference.comparison import unmatched
+from tests.reference.random_weights import randomise
 
 MODELS = ("FasterRCNN", "MaskRCNN")
 FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {

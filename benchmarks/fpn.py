@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +35,9 @@ import fpn
 from benchmarks.harness import describe, environment, interleaved, ratio, table, version_of, write_json
 from fpn.graphs import capture
 from fpn.norm import FrozenBatchNorm2d
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import largest_relative_error
+from tests.reference.process_memory import in_a_process, reset_peak_resident, resident
+from tests.reference.random_weights import randomise
 
 Network = Callable[[Tensor], Any]
 Prepare = Callable[[nn.Module, Tensor], Network]
@@ -264,7 +265,7 @@ def prepared(mode: str, form: Form, model: str, shape: Sequence[int], device: st
 def largest_difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     if not outputs:  # of convolutions alone
         return math.nan
-    return max(relative_error(a, b) for a, b in zip(outputs, expected, strict=True))
+    return largest_relative_error(outputs, expected)
 
 
 def peak_megabytes(mode: str, index: int, model: str, shape: Sequence[int], device: str) -> float:
@@ -283,27 +284,6 @@ def peak_megabytes(mode: str, index: int, model: str, shape: Sequence[int], devi
     before = reset_peak_resident()
     call()
     return (resident("VmHWM") - before) / 1e6
-
-
-def reset_peak_resident() -> float:
-    """Lowers the process's mark of its peak resident set to what is resident now, in bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return math.nan
-    return resident("VmRSS")
-
-
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return float(kilobytes) * 1024
-
-
-def in_a_process(call: Callable[[], float]) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(call)
 
 
 def measure(

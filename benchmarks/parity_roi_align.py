@@ -34,9 +34,9 @@ from torch import Tensor
 
 import roi
 from benchmarks.harness import describe, environment
-from benchmarks.random_boxes import KINDS
 from roi.torch_path.bins import roi_windows
-from tests.torchvision_bins import sizes_exact, torchvision_bins_are_exact
+from tests.reference.random_boxes import KINDS
+from tests.reference.torchvision_bins import sizes_exact, torchvision_bins_are_exact
 
 TOLERANCE = 1e-12
 SCALES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 3, 0.3, 0.0619)

@@ -25,21 +25,16 @@ from torch import Tensor
 
 import roi
 from benchmarks.harness import describe, environment
-from benchmarks.random_boxes import KINDS
 from roi._problem import memory_format
-from tests.cuda_on_cpu import reference
-from tests.torchvision_bins import torchvision_bins_are_exact
+from tests.reference import max_pool
+from tests.reference.comparison import same_bits
+from tests.reference.random_boxes import KINDS
+from tests.reference.torchvision_bins import torchvision_bins_are_exact
 
 SCALES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 3, 0.3, 0.0619)
 GRADIENT_EVERY = 4  # of the float64 cases
 GRADIENT_TOLERANCE = 1e-12  # sums of up to a few thousand terms of about 1, in two orders
 SHOWN = 10  # mismatches printed
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in every bit, the sign of zero included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def differences(case: Case, backend: str, with_gradient: bool) -> tuple[list[str
     """What differs in a case, in words, and how many of its RoIs were compared with the reference."""
     found = []
     args = case.scale, *case.bins
-    output, argmax = torch.ops.fpn_roi.roi_pool(case.input, case.rois, *args, True, backend)
+    output, argmax = torch.ops.fpn_roi.roi_pool_with_argmax(case.input, case.rois, *args, backend)
     if memory_format(output) != memory_format(case.input) and output.shape[1] > 1 and output[0, 0].numel() > 1:
         found.append("memory format from the input's")
     exact = torchvision_bins_are_exact(case.rois, *args)
@@ -99,7 +94,7 @@ def differences(case: Case, backend: str, with_gradient: bool) -> tuple[list[str
     expected, positions = torch.ops.torchvision.roi_pool(case.input, theirs, *args)
     found += compared("torchvision", output[kept], argmax[kept], expected, positions)
     if not exact.all():
-        slow = reference.roi_pool(case.input.cpu().numpy(), case.rois.cpu()[~exact].numpy(), *args)
+        slow = max_pool.roi_pool(case.input.cpu().numpy(), case.rois.cpu()[~exact].numpy(), *args)
         expected, positions = map(torch.from_numpy, slow)
         found += compared("the reference", output[~kept].cpu(), argmax[~kept].cpu(), expected, positions)
     if with_gradient:

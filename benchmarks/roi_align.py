@@ -39,8 +39,9 @@ from benchmarks.harness import (
     write_json,
 )
 from benchmarks.roi_pool import DTYPES, LAYOUTS, MODES, call_of, copies, plot, readable
-from benchmarks.workloads import LARGE_IMAGE, WORKLOADS, rpn_like
+from benchmarks.workloads import LARGE_IMAGE, WORKLOADS
 from roi._backend import cupy_problem
+from tests.reference.boxes import rpn_like
 
 BINS = 7
 STRIDES = (4, 8, 16, 32)

@@ -46,12 +46,13 @@ from benchmarks.harness import (
     table,
     write_json,
 )
-from benchmarks.parity_roi_pool import same_bits
-from benchmarks.workloads import LARGE_IMAGE, WORKLOADS, Workload, cells_touched, past_the_map, rpn_like
+from benchmarks.workloads import LARGE_IMAGE, WORKLOADS, Workload, cells_touched, past_the_map
 from roi._backend import cupy_problem
 from roi.torch_path.bins import roi_windows
-from tests.cuda_on_cpu import reference
-from tests.torchvision_bins import torchvision_bins_are_exact
+from tests.reference import max_pool
+from tests.reference.boxes import rpn_like
+from tests.reference.comparison import same_bits
+from tests.reference.torchvision_bins import torchvision_bins_are_exact
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -141,7 +142,7 @@ def check_output(workload: Workload, op: Op, input: Tensor, rois: Tensor) -> int
     same = same_bits(output[kept], expected)
     if not exact.all():
         features = input.detach().cpu().to(wide).contiguous().numpy()
-        slow, _ = reference.roi_pool(features, rois[~kept].cpu().to(wide).numpy(), scale, bins, bins)
+        slow, _ = max_pool.roi_pool(features, rois[~kept].cpu().to(wide).numpy(), scale, bins, bins)
         same &= same_bits(output[~kept].cpu(), torch.from_numpy(slow).to(input.dtype))
     if not same:
         raise SystemExit(f"{workload}: the outputs differ, so there is nothing to compare")

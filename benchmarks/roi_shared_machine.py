@@ -31,9 +31,10 @@ from torch import Tensor
 
 import roi
 from benchmarks.harness import describe, environment, interleaved, ratio, rounds_within, table, write_json
-from benchmarks.workloads import LARGE_IMAGE, rpn_like
+from benchmarks.workloads import LARGE_IMAGE
 from roi._problem import Pooling
 from roi.torch_path.levels import map_levels
+from tests.reference.boxes import rpn_like
 
 CPU = torch.device("cpu")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

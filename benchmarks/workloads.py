@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from roi.torch_path.bins import Integers, roi_windows
+from tests.reference.boxes import rpn_like
 
 
 @dataclass(frozen=True)
@@ -64,24 +65,6 @@ WORKLOADS = {
         Workload("large", 8000, 8, 256, 100, 168, 1 / 8, LARGE_IMAGE),  # P3
     )
 }
-
-
-def rpn_like(count: int, images: int, height: int, width: int, *, seed: int = 0) -> Tensor:
-    """Tensor[count, 5], float32: boxes as a region proposal network gives them, image after image.
-
-    Centres are uniform, the square root of the area is log-uniform in 32 … 512 pixels and the aspect in 1/2 … 2; boxes
-    are clipped to the image, whose right edge x2 = width rounds to a cell past the map.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x, y, size, aspect = torch.rand(4, count, dtype=torch.float64, generator=generator)
-    side = 32 * 16**size
-    stretch = 2 ** (aspect - 0.5)  # the square root of the aspect
-    x, y = x * width, y * height
-    half_width, half_height = side * stretch / 2, side / stretch / 2
-    left, right = (x - half_width).clamp(0, width), (x + half_width).clamp(0, width)
-    top, bottom = (y - half_height).clamp(0, height), (y + half_height).clamp(0, height)
-    image = torch.arange(count) * images // max(count, 1)
-    return torch.stack([image.double(), left, top, right, bottom], dim=1).float()
 
 
 def past_the_map(rois: Tensor, scale: float, height: int, width: int) -> float:

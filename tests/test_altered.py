@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from fpn import FPN
 from fpn.fused_conv import FusedConv2d
 from fpn.resnet import BasicBlock, Bottleneck, ResNet
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import largest_relative_error, relative_error
+from tests.reference.random_weights import randomise
 from tests.trust.altered import ActivatedNorm, Doubled, Halved, Keeping, doubling, shifting
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -45,7 +46,7 @@ def small_fpn(block: type[BasicBlock] | type[Bottleneck] = BasicBlock, **options
 def error(model: FPN, fused: FPN) -> float:
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        return max(relative_error(y, other) for y, other in zip(fused(images), model(images), strict=True))
+        return largest_relative_error(fused(images), model(images))
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from fpn.pyramid import P6P7
 from fpn.resnet import BasicBlock, ResNetClassifier, build
 from fpn.weights import CheckpointError
 from tests import recipe
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import largest_relative_error
+from tests.reference.random_weights import randomise
 
 State = dict[str, Tensor]
 
@@ -56,11 +57,6 @@ def reference_state(name: str) -> State:
     return recipe.state_dict(recipe.load_reference(name)["entries"])
 
 
-def error(levels: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The worst level's."""
-    return max(relative_error(level, other) for level, other in zip(levels, expected, strict=True))
-
-
 def reference_error(model: nn.Module, name: str) -> float:
     """The worst level's against the stored outputs; infinite where the levels have other shapes."""
     reference = recipe.load_reference(name)
@@ -68,13 +64,13 @@ def reference_error(model: nn.Module, name: str) -> float:
         levels = model.eval()(recipe.images(*reference["size"]))
     if [list(level.shape) for level in levels] != reference["shapes"]:
         return float("inf")
-    return error(map(recipe.sample, levels), map(torch.tensor, reference["samples"]))
+    return largest_relative_error(map(recipe.sample, levels), map(torch.tensor, reference["samples"]))
 
 
 def same(model: nn.Module, other: nn.Module, size: tuple[int, int] = (75, 101)) -> bool:
     with torch.no_grad():
         ours, expected = (m.eval()(recipe.images(*size)) for m in (model, other))
-    return error(ours, expected) < 1e-4
+    return largest_relative_error(ours, expected) < 1e-4
 
 
 # --- each source, against its own outputs
@@ -171,7 +167,7 @@ def test_features_are_torchvisions(name: str) -> None:
         expected = list(detector.backbone(images).values())
         for state in generations:
             model = from_checkpoint(state).eval()
-            assert error(model(images), expected) < 1e-4
+            assert largest_relative_error(model(images), expected) < 1e-4
             assert model.report is not None
             assert "from torchvision, under 'backbone.'" in str(model.report)
             assert sorted([*model.report.matched.values(), *model.report.unexpected]) == sorted(state)
@@ -188,7 +184,7 @@ def test_any_levels_of_torchvisions(layers: tuple[int, ...]) -> None:
     assert model.strides == (*(2 ** (layer + 1) for layer in layers), 64)
     with torch.no_grad():
         images = recipe.images(75, 101)
-        assert error(model.eval()(images), backbone.eval()(images).values()) < 1e-4
+        assert largest_relative_error(model.eval()(images), backbone.eval()(images).values()) < 1e-4
 
 
 CLASSIFIERS = {
@@ -216,7 +212,7 @@ def test_maps_of_classifiers(library: str, name: str) -> None:
             expected = create_feature_extractor(source, [f"layer{i}" for i in (1, 2, 3, 4)])(images).values()
     model = from_checkpoint(source.state_dict()).eval()
     with torch.no_grad():
-        assert error(model.bottom_up(images), expected) < 1e-4
+        assert largest_relative_error(model.bottom_up(images), expected) < 1e-4
     assert model.strides == (4, 8, 16, 32)
     assert model.report is not None
     assert model.report.unexpected == ("fc.weight", "fc.bias")
@@ -284,7 +280,7 @@ def test_our_own_state_dict(name: str, prefix: str) -> None:
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items() if key in expected)
     images = torch.randn(1, 5 if name == "5 channels" else 3, 75, 101)
     with torch.no_grad():
-        assert error(model.eval()(images), source.eval()(images)) < 1e-4
+        assert largest_relative_error(model.eval()(images), source.eval()(images)) < 1e-4
 
 
 # --- forms: prefixes, wrappers, files, dtypes
@@ -339,7 +335,7 @@ def test_channel_order() -> None:
         source = from_checkpoint(reference_state("detectron2-r18")).eval()(images)
         for order, given in (("bgr", images), ("rgb", images.flip(1))):
             model = from_checkpoint(reference_state("detectron2-r18"), channel_order=order)
-            assert error(model.eval()(given), source) < 1e-5
+            assert largest_relative_error(model.eval()(given), source) < 1e-5
             assert f"images in {order.upper()} where the source has BGR" in str(model.report)
 
 

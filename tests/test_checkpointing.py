@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fpn import FPN, FPN18
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import Bottleneck, ResNet
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 ALL = (True, True, True, True)
 

@@ -23,7 +23,8 @@ from fpn.norm import FrozenBatchNorm2d
 from fpn.photo import DEFAULT_PHOTO
 from fpn.pyramid import ExtraLevels
 from fpn.resnet import resnet18
-from tests.comparison import randomise, relative_error, unmatched
+from tests.reference.comparison import relative_error, unmatched
+from tests.reference.random_weights import randomise
 
 Detections = dict[str, Tensor]
 Build = Callable[[], nn.Module]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fpn import FPN18, SimpleFeaturePyramid
 from fpn.detection import TorchvisionBackbone, accelerate
-from tests.comparison import relative_error, unmatched
+from tests.reference.comparison import relative_error, unmatched
 from tests.test_detection import DETECTORS, output_of, photos, random_detector, target
 
 pytestmark = pytest.mark.torchvision

@@ -18,7 +18,8 @@ from fpn import FPN, FPN18, FPN101
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import Bottleneck
 from roi import multiscale_roi_align, multiscale_roi_pool
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 

@@ -16,7 +16,8 @@ from torch._dynamo.testing import CompileCounter
 from fpn import FPN, FPN18, __main__
 from fpn.export import export_onnx, export_program
 from fpn.resnet import BasicBlock, ResNet
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import largest_relative_error, relative_error
+from tests.reference.random_weights import randomise
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "bilinear": {},
@@ -53,10 +54,6 @@ def sizes(model: FPN) -> list[tuple[int, int, int]]:
     return [(2, top + 1, top + 2), (3, 3 * top, 2 * top + 7), (5, 2 * top - 1, 3 * top + 31)]
 
 
-def largest_error(levels: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    return max(relative_error(level, other) for level, other in zip(levels, expected, strict=True))
-
-
 @open_sizes
 @FORMS
 @EVERY_MODEL
@@ -68,7 +65,7 @@ def test_one_graph_for_every_size(options: str, fused: bool) -> None:
     with torch.no_grad():
         for size in sizes(model):
             images = random_images(model, *size)
-            assert largest_error(compiled(images), model(images)) < 1e-5
+            assert largest_relative_error(compiled(images), model(images)) < 1e-5
     assert counter.frame_count == 1
 
 
@@ -85,7 +82,7 @@ def test_marked_dimensions(fused: bool) -> None:
             images = random_images(model, *size)
             for dimension in (0, 2, 3):
                 torch._dynamo.mark_dynamic(images, dimension)
-            assert largest_error(compiled(images), model(images)) < 1e-5
+            assert largest_relative_error(compiled(images), model(images)) < 1e-5
     assert counter.frame_count == 1
 
 
@@ -104,7 +101,7 @@ def test_compiled_by_inductor(fused: bool) -> None:
     with torch.no_grad():
         for size in sizes(model):
             images = random_images(model, *size)
-            assert largest_error(compiled(images), model(images)) < 1e-4
+            assert largest_relative_error(compiled(images), model(images)) < 1e-4
 
 
 @open_sizes
@@ -117,7 +114,7 @@ def test_program(options: str, fused: bool) -> None:
     with torch.no_grad():
         for batch, height, width in [*sizes(model), (0, 320, 256), (1, 320, 256), (20, 160, 130)]:
             images = random_images(model, batch, height, width)
-            assert largest_error(program.module()(images), model(images)) < 1e-5
+            assert largest_relative_error(program.module()(images), model(images)) < 1e-5
 
 
 @open_sizes

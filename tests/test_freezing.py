@@ -16,7 +16,7 @@ from fpn.freezing import freeze
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import BasicBlock, ResNet
 from fpn.weights import CheckpointError, transfer
-from tests.comparison import randomise
+from tests.reference.random_weights import randomise
 from tests.trust.altered import ActivatedNorm, doubling
 
 

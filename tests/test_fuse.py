@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fpn import FPN, FPN18, FPN50, fused_conv
 from fpn.fused_conv import FusedConv2d
 from fpn.norm import FrozenBatchNorm2d
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import largest_relative_error, relative_error
+from tests.reference.random_weights import randomise
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -41,10 +42,6 @@ def norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "running_var")]
 
 
-def largest_error(levels: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    return max(relative_error(level, other) for level, other in zip(levels, expected, strict=True))
-
-
 @pytest.fixture(params=[True, False], ids=["one pass", "plain operators"])
 def one_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether oneDNN's operators with an addition and a ReLU in them are used where they work, or never."""
@@ -63,7 +60,7 @@ def test_same_outputs(options: str, size: tuple[int, int]) -> None:
         expected = model(images)
         for layout in (torch.contiguous_format, torch.channels_last):
             levels = model.fuse()(images.contiguous(memory_format=layout))
-            assert largest_error(levels, expected) < 1e-5
+            assert largest_relative_error(levels, expected) < 1e-5
             assert all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
 
 
@@ -72,7 +69,7 @@ def test_same_outputs_of_resnet50() -> None:
     model = random_fpn(FPN50, upsample="nearest", smooth_top=True)
     images = torch.randn(1, 3, 96, 128)
     with torch.inference_mode():
-        assert largest_error(model.fuse()(images), model(images)) < 1e-4
+        assert largest_relative_error(model.fuse()(images), model(images)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -93,7 +90,7 @@ def test_same_outputs_of_other_bottlenecks(trunk: dict[str, Any]) -> None:
     model = randomise(FPN(ResNet(Bottleneck, (1, 2, 1, 1), **trunk), out_channels=32)).eval()
     images = torch.randn(1, trunk.get("in_channels", 3), 70, 64)
     with torch.no_grad():
-        assert largest_error(model.fuse()(images), model(images)) < 1e-5
+        assert largest_relative_error(model.fuse()(images), model(images)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -109,9 +106,9 @@ def test_dtype_is_kept(size: tuple[int, int], dtype: torch.dtype) -> None:
         expected = copy.deepcopy(model).double()(images.double())
         levels = fused(images)
         assert {level.dtype for level in levels} == {dtype}
-        error = largest_error(model(images), expected)
+        error = largest_relative_error(model(images), expected)
         assert error < 8 * torch.finfo(dtype).eps  # some twenty layers, each rounded
-        assert largest_error(levels, expected) < 1.2 * error + 1e-14
+        assert largest_relative_error(levels, expected) < 1.2 * error + 1e-14
 
 
 @pytest.mark.gpu
@@ -123,7 +120,7 @@ def test_device_is_kept(options: str) -> None:
     images = torch.randn(2, 3, 64, 96, device="cuda")
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         levels = fused(images)
-        assert largest_error(levels, model(images)) < 1e-4
+        assert largest_relative_error(levels, model(images)) < 1e-4
     assert all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
 
 
@@ -136,7 +133,7 @@ def test_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             expected, levels = model(images), model.fuse()(images)
     assert [level.dtype for level in levels] == [level.dtype for level in expected]
-    assert largest_error(levels, exact) < 1.2 * largest_error(expected, exact)
+    assert largest_relative_error(levels, exact) < 1.2 * largest_relative_error(expected, exact)
 
 
 def test_empty_batch() -> None:
@@ -160,7 +157,7 @@ def test_torchvisions_frozen_batch_norm_is_folded() -> None:
     fused = model.fuse()
     assert not norms(fused)
     images = torch.randn(1, 3, 64, 64)
-    assert largest_error(fused(images), model(images)) < 1e-5
+    assert largest_relative_error(fused(images), model(images)) < 1e-5
 
 
 def test_batch_norm_without_statistics_or_scale() -> None:
@@ -173,7 +170,7 @@ def test_batch_norm_without_statistics_or_scale() -> None:
     fused = model.fuse()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert largest_error(fused(images), model(images)) < 1e-5
+        assert largest_relative_error(fused(images), model(images)) < 1e-5
     assert {norm.num_features for norm in norms(fused)} == {256, 512}
 
 
@@ -188,7 +185,7 @@ def test_a_block_of_another_class_stays() -> None:
     model.bottom_up.layer2[1].__class__ = Scaled
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert largest_error(model.fuse()(images), model(images)) < 1e-5
+        assert largest_relative_error(model.fuse()(images), model(images)) < 1e-5
 
 
 def test_the_model_stays_as_it_was_and_its_checkpoint_loads_into_a_twin() -> None:
@@ -266,7 +263,7 @@ def test_trunk_maps_are_not_overwritten_by_later_stages() -> None:
     model = random_fpn()
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        assert largest_error(model.fuse().bottom_up(images), model.bottom_up(images)) < 1e-5
+        assert largest_relative_error(model.fuse().bottom_up(images), model.bottom_up(images)) < 1e-5
 
 
 def test_any_trunk_gets_channels_last_and_a_fused_neck() -> None:
@@ -279,7 +276,7 @@ def test_any_trunk_gets_channels_last_and_a_fused_neck() -> None:
     images = torch.randn(2, 3, 70, 100)
     with torch.no_grad():
         levels = fused(images)
-        assert largest_error(levels, model(images)) < 1e-5
+        assert largest_relative_error(levels, model(images)) < 1e-5
     assert all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
 
 
@@ -297,18 +294,18 @@ def test_packed_weights_follow_the_weights() -> None:
     with torch.no_grad():
         for size in (64, 96, 65):
             images = torch.randn(2, 3, size, size)
-            assert largest_error(fused(images), model(images)) < 1e-5
+            assert largest_relative_error(fused(images), model(images)) < 1e-5
         for parameter in (*model.parameters(), *model.buffers()):
             if parameter.is_floating_point():
                 parameter.mul_(1.01)
         fused.load_state_dict(model.fuse().state_dict())
         expected = model(images)
-        assert largest_error(fused(images), expected) < 1e-5
+        assert largest_relative_error(fused(images), expected) < 1e-5
         buffer = io.BytesIO()
         torch.save(fused, buffer)
         buffer.seek(0)
         for twin in (copy.deepcopy(fused), torch.load(buffer, weights_only=False)):
-            assert largest_error(twin(images), expected) < 1e-5
+            assert largest_relative_error(twin(images), expected) < 1e-5
 
 
 def convolution(size: int = 3) -> tuple[FusedConv2d, Tensor]:
@@ -437,5 +434,5 @@ def test_what_computes_otherwise_or_is_watched_stays() -> None:
         expected = model(images)
         wanted = sorted(seen)
         seen.clear()
-        assert largest_error(model.fuse()(images), expected) < 1e-5
+        assert largest_relative_error(model.fuse()(images), expected) < 1e-5
     assert sorted(seen) == wanted

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from fpn import FPN, FPN18, FPN34, FPN50, FPN101, FPN152
 from fpn.norm import FrozenBatchNorm2d
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 Build = Callable[..., FPN]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from fpn import FPN18
 from fpn.graphs import capture
 from roi import roi_pool
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 
 @pytest.mark.gpu

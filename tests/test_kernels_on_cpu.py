@@ -10,10 +10,14 @@ from torch import Tensor
 
 from roi._problem import memory_format
 from roi.cupy_path import launch
-from tests.comparison import same_bits
-from tests.cuda_on_cpu import COMPILER, Library, build, reference, roi_pool_variants
-from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
+from tests.cuda_on_cpu import COMPILER, Library, build, roi_pool_variants
 from tests.flat_calls import CUPY as cupy_path
+from tests.reference import max_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.comparison import same_bits
+from tests.reference.levels import level_of
+from tests.reference.maps import features
+from tests.reference.pyramids import PYRAMIDS, boxes_of_all_kinds
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -67,7 +71,7 @@ def boxes_for(shape: tuple[int, int, int, int], scale: float, dtype: torch.dtype
 
 
 def expected_pool(input: Tensor, rois: Tensor, scale: float, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    output, argmax = reference.roi_pool(input.double().numpy(), rois.numpy(), scale, *size)
+    output, argmax = max_pool.roi_pool(input.double().numpy(), rois.numpy(), scale, *size)
     return torch.from_numpy(output).to(input.dtype), torch.from_numpy(argmax)
 
 
@@ -107,7 +111,7 @@ def test_backward(ordered, dtype, coordinates, layout, case, request, on_cpu):
     _, argmax = expected_pool(input, rois, scale, size)
     # Small integers: every sum is exact in every dtype, so that any order has to give the same.
     grad = torch.randint(-1, 2, argmax.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = torch.from_numpy(reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), argmax.numpy(), shape))
+    expected = torch.from_numpy(max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), argmax.numpy(), shape))
     assert expected.abs().max() <= 128
 
     argmax = argmax.int().contiguous(memory_format=layout)
@@ -128,7 +132,7 @@ def test_deterministic_backward_adds_in_the_order_of_boxes_and_bins(dtype, layou
     rois = boxes_for(shape, scale, torch.float32).repeat(3, 1)
     _, argmax = expected_pool(torch.randn(shape, generator=torch.Generator().manual_seed(2)), rois, scale, size)
     grad = torch.randn(argmax.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = torch.from_numpy(reference.roi_pool_backward(grad.numpy(), rois.numpy(), argmax.numpy(), shape))
+    expected = torch.from_numpy(max_pool.roi_pool_backward(grad.numpy(), rois.numpy(), argmax.numpy(), shape))
     argmax = argmax.int().contiguous(memory_format=layout)
     actual = pool_backward(grad, rois, argmax, scale, shape)
     assert same_bits(actual, expected + 0.0)
@@ -188,7 +192,7 @@ def test_positions_of_64_bits(ordered, layout, monkeypatch, request, on_cpu):
     assert argmax.dtype == torch.int64
     assert torch.equal(argmax, positions)
     grad = torch.ones_like(output)
-    expected = reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
+    expected = max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
     actual = pool_backward(grad, rois, argmax, scale, shape)
     assert torch.equal(actual.double(), torch.from_numpy(expected))
     assert all("long long" in name for name in on_cpu.launched)
@@ -208,7 +212,7 @@ def test_with_as_many_threads_as_on_a_device(dtype, layout, monkeypatch):
     assert same_bits(output, expected)
     assert torch.equal(argmax.long(), positions)
     grad = torch.ones_like(output)
-    expected = reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
+    expected = max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
     actual = pool_backward(grad, rois, argmax, scale, shape)
     assert torch.equal(actual.double(), torch.from_numpy(expected))
 
@@ -320,10 +324,10 @@ SIZES, SCALES, CANONICAL = [(16, 20), (8, 10), (4, 5)], [1 / 4, 1 / 8, 1 / 16], 
 def expected_of_levels(inputs: list[Tensor], rois: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Output, argmax and the level of each box."""
     arrays = rois.numpy()
-    level = torch.tensor([reference.level_of(box, SCALES, CANONICAL) for box in arrays])
-    pooled = [expected_pool(x, rois, scale, size) for x, scale in zip(inputs, SCALES, strict=True)]
-    k = torch.arange(len(rois))
-    return torch.stack([x for x, _ in pooled])[level, k], torch.stack([x for _, x in pooled])[level, k], level
+    level = torch.tensor([level_of(box, SCALES, CANONICAL) for box in arrays])
+    maps = [x.double().numpy() for x in inputs]
+    output, argmax = max_pool.MaxPool(size).with_argmax(maps, arrays, SCALES, CANONICAL)
+    return torch.from_numpy(output).to(inputs[0].dtype), torch.from_numpy(argmax), level
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -353,7 +357,7 @@ def test_levels_in_one_launch(ordered, dtype, coordinates, layout, request, on_c
     for i, (actual, shape) in enumerate(zip(gradients, shapes, strict=True)):
         mine = level == i
         arrays = (x[mine].numpy() for x in (grad.double(), rois, positions))
-        assert torch.equal(actual.double(), torch.from_numpy(reference.roi_pool_backward(*arrays, shape)))
+        assert torch.equal(actual.double(), torch.from_numpy(max_pool.roi_pool_backward(*arrays, shape)))
         assert actual.is_contiguous(memory_format=layout)
 
 
@@ -363,3 +367,37 @@ def test_boxes_without_an_area_belong_to_the_finest_level():
     rois = torch.tensor([[0, 40.0, 8, 8, 40], [0, 8.0, 8, 8, 60], [0, 0.0, 0, 0, 0], [0, 0.0, 0, 70, 60]])
     output, _ = cupy_path.multiscale_roi_pool(inputs, rois, SCALES, *CANONICAL, 1, 1, False)
     assert output.flatten().tolist() == [0, 0, 0, 2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_any_list_of_scales(name, ordered, coordinates, layout, request, on_cpu):
+    """A box that is on no level comes out as 0 and takes no gradient, a NaN neither."""
+    if ordered:
+        request.getfixturevalue("deterministic")
+    pyramid, dtype = PYRAMIDS[name], torch.float16
+    shapes, rois = pyramid.shapes(8), boxes_of_all_kinds().to(coordinates)
+    inputs = [features(shape, dtype, seed=seed).contiguous(memory_format=layout) for seed, shape in enumerate(shapes)]
+    reference, options = max_pool.MaxPool((3, 2)), (rois.numpy(), pyramid.scales, pyramid.canonical)
+    arrays = [x.double().numpy() for x in inputs]
+    expected, positions = map(torch.from_numpy, reference.with_argmax(arrays, *options))
+
+    flat = (pyramid.scales, *pyramid.canonical)
+    output, argmax = cupy_path.multiscale_roi_pool(inputs, rois, *flat, 3, 2, True)
+    assert same_bits(output, expected.to(dtype))
+    assert torch.equal(argmax.long(), positions)
+    assert same_bits(cupy_path.multiscale_roi_pool(inputs, rois, *flat, 3, 2, False)[0], expected.to(dtype))
+
+    grad = torch.randint(-1, 2, argmax.shape, generator=torch.Generator().manual_seed(1)).double()
+    expected_gradients = reference.backward(grad.numpy(), arrays, *options)
+    unpooled = pyramid.takes_no_gradient(rois)
+    grad[unpooled], argmax[unpooled] = torch.nan, 0  # whatever the positions are
+    sizes = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
+    sizes = *shapes[0][:2], *sizes, layout is torch.channels_last
+    gradients = cupy_path.multiscale_roi_pool_backward(grad.to(dtype), rois, argmax, *flat, *sizes)
+    assert f"backward_{'gather' if ordered else 'atomic'}" in on_cpu.launched[-1]
+    for actual, of_level in zip(gradients, expected_gradients, strict=True):
+        assert torch.equal(actual.double(), torch.from_numpy(of_level))
+        assert actual.is_contiguous(memory_format=layout)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from roi.cupy_path import launch
 from roi.cupy_path import roi_align_launches as align
-from tests.comparison import same_bits
-from tests.cuda_on_cpu import COMPILER, Library, build, ps_roi_pool_variants, reference, roi_align_variants
-from tests.cuda_on_cpu.boxes import ordinary_boxes
+from tests.cuda_on_cpu import COMPILER, Library, build, ps_roi_pool_variants, roi_align_variants
 from tests.cuda_on_cpu.operators import (
     ADAPTIVE,
     CANONICAL,
@@ -22,15 +21,18 @@ from tests.cuda_on_cpu.operators import (
     SCALES,
     SIZES,
     Operator,
-    assert_close,
     boxes_for,
-    numbers,
     problem,
     pyramid,
     pyramid_boxes,
 )
 from tests.flat_calls import CUPY as cupy_path
-from tests.flat_calls import ONE_LEVEL
+from tests.reference import weighted_pool
+from tests.reference.boxes import ordinary_boxes
+from tests.reference.comparison import assert_sums_close, same_bits
+from tests.reference.levels import level_of
+from tests.reference.maps import numbers
+from tests.reference.pyramids import PYRAMIDS, boxes_of_all_kinds
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -100,7 +102,7 @@ def test_forward(dtype, coordinates, layout, case):
     input = input.to(dtype).contiguous(memory_format=layout)
     output = operator.forward(input, rois, scale, size)
     assert output.dtype == dtype
-    assert_close(output, expected)
+    assert_sums_close(output, expected)
     if not input.is_contiguous():
         assert output.is_contiguous(memory_format=torch.channels_last)
 
@@ -116,7 +118,7 @@ def test_backward(way, dtype, coordinates, layout, case, on_cpu):
     actual = operator.backward(grad.to(dtype), rois, scale, tuple(input.shape), channels_last)
     assert actual.dtype == dtype
     assert actual.is_contiguous(memory_format=layout)
-    assert_close(actual, expected)
+    assert_sums_close(actual, expected)
     assert [f"backward_{way}<" in name for name in on_cpu.launched] == [True]
 
 
@@ -130,12 +132,12 @@ def test_backward(way, dtype, coordinates, layout, case, on_cpu):
 def test_levels_in_one_launch(sampling_ratio, aligned, dtype, coordinates, layout, on_cpu):
     features, rois = pyramid(dtype, layout), pyramid_boxes(coordinates)
     arrays = [x.double().numpy() for x in features]
-    operator = reference.roi_align((3, 2), sampling_ratio, aligned)
+    operator = weighted_pool.roi_align((3, 2), sampling_ratio, aligned)
     expected = torch.from_numpy(operator.forward(arrays, rois.numpy(), SCALES, CANONICAL))
-    used = {reference.level_of(box, SCALES, CANONICAL) for box in rois.numpy()}
+    used = {level_of(box, SCALES, CANONICAL) for box in rois.numpy()}
     assert used == {0, 1, 2}
     output = cupy_path.multiscale_roi_align(features, rois, SCALES, *CANONICAL, 3, 2, sampling_ratio, aligned)
-    assert_close(output, expected)
+    assert_sums_close(output, expected)
     assert output.is_contiguous(memory_format=layout)
     assert len(on_cpu.launched) == 1
 
@@ -146,16 +148,46 @@ def test_levels_in_one_launch(sampling_ratio, aligned, dtype, coordinates, layou
 def test_gradients_of_levels_in_one_launch(way, dtype, coordinates, layout, on_cpu):
     rois, channels_last = pyramid_boxes(coordinates), layout is torch.channels_last
     grad = numbers((len(rois), 4, 3, 2))
-    shapes = [(2, 4, *size) for size in SIZES]
-    expected = reference.roi_align((3, 2), 2, False).backward(grad.numpy(), rois.numpy(), SCALES, CANONICAL, shapes)
+    maps = [np.empty((2, 4, *size)) for size in SIZES]
+    expected = weighted_pool.roi_align((3, 2), 2, False).backward(grad.numpy(), maps, rois.numpy(), SCALES, CANONICAL)
     sizes = ([height for height, _ in SIZES], [width for _, width in SIZES])
     options = (SCALES, *CANONICAL, 2, False, 2, 4, *sizes, channels_last)
     actual = cupy_path.multiscale_roi_align_backward(grad.to(dtype), rois, *options)
     assert len(actual) == len(expected)
     for of_level, expected_of_level in zip(actual, expected, strict=True):
         assert of_level.is_contiguous(memory_format=layout)
-        assert_close(of_level, torch.from_numpy(expected_of_level))
+        assert_sums_close(of_level, torch.from_numpy(expected_of_level))
     assert len(on_cpu.launched) == 1
+
+
+@layouts
+@ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_any_list_of_scales(name, dtype, way, layout, on_cpu):
+    """A box that is on no level comes out as 0 and takes no gradient, a NaN neither."""
+    any_scales = PYRAMIDS[name]
+    shapes, rois = any_scales.shapes(8), boxes_of_all_kinds().to(dtype)
+    maps = [numbers(shape, seed) for seed, shape in enumerate(shapes)]
+    operator = weighted_pool.roi_align((3, 2), 2, False)
+    arrays, options = [x.numpy() for x in maps], (rois.numpy(), any_scales.scales, any_scales.canonical)
+    expected = torch.from_numpy(operator.forward(arrays, *options))
+
+    flat, sampling = (any_scales.scales, *any_scales.canonical), (2, False)
+    inputs = [x.to(dtype).contiguous(memory_format=layout) for x in maps]
+    output = cupy_path.multiscale_roi_align(inputs, rois, *flat, 3, 2, *sampling)
+    assert_sums_close(output, expected)
+
+    grad = numbers(tuple(expected.shape), seed=1)
+    expected_gradients = operator.backward(grad.numpy(), arrays, *options)
+    grad[any_scales.takes_no_gradient(rois)] = torch.nan
+    sizes = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
+    sizes = *shapes[0][:2], *sizes, layout is torch.channels_last
+    gradients = cupy_path.multiscale_roi_align_backward(grad.to(dtype), rois, *flat, *sampling, *sizes)
+    assert [f"backward_{way}<" in launched for launched in on_cpu.launched] == [False, True]
+    for actual, of_level in zip(gradients, expected_gradients, strict=True):
+        assert actual.is_contiguous(memory_format=layout)
+        assert_sums_close(actual, torch.from_numpy(of_level))
 
 
 def test_levels_of_several_layouts_take_the_first_ones():
@@ -208,11 +240,11 @@ def test_agrees_with_torchvision_on_ordinary_boxes(name, sampling_ratio, layout)
         operator = PS_POOL
     elif name == "ps_roi_align":
         expected = ops.ps_roi_align(theirs, rois, (3, 4), 1 / 8, sampling_ratio)
-        operator = Operator("ps_roi_align", (sampling_ratio,), reference.ps_roi_align)
+        operator = Operator("ps_roi_align", (sampling_ratio,), weighted_pool.ps_roi_align)
     else:
         aligned = name.endswith("aligned")
         expected = ops.roi_align(theirs, rois, (3, 4), 1 / 8, sampling_ratio, aligned)
-        operator = Operator("roi_align", (sampling_ratio, aligned), reference.roi_align)
+        operator = Operator("roi_align", (sampling_ratio, aligned), weighted_pool.roi_align)
     # torchvision's ps_roi_align divides 0 by 0 for an empty box.
     expected_output = expected.detach().nan_to_num(nan=0.0)
     torch.testing.assert_close(operator.forward(input, rois, 1 / 8, (3, 4)), expected_output, rtol=0, atol=1e-12)
@@ -236,9 +268,9 @@ def test_with_as_many_threads_as_on_a_device(case, layout, monkeypatch):
     operator, _, size, scale = case
     input, rois, expected, grad, expected_gradient = problem(case, torch.float32)
     output = operator.forward(input.float().contiguous(memory_format=layout), rois, scale, size)
-    assert_close(output, expected)
+    assert_sums_close(output, expected)
     shape, channels_last = tuple(input.shape), layout is torch.channels_last
-    assert_close(operator.backward(grad.float(), rois, scale, shape, channels_last), expected_gradient)
+    assert_sums_close(operator.backward(grad.float(), rois, scale, shape, channels_last), expected_gradient)
 
 
 @pytest.mark.parametrize(
@@ -267,12 +299,12 @@ def test_vector_accesses_only_where_they_can_be(
 
     rois = boxes_for(shape, 1.0, torch.float32)
     input, grad = numbers(shape), numbers((len(rois), channels, 3, 2))
-    operator = reference.roi_align((3, 2), 2, False)
-    expected = operator.forward([input.numpy()], rois.numpy(), [1.0], ONE_LEVEL)
-    assert_close(cupy_path.roi_align(placed(input), rois, 1.0, 3, 2, 2, False), torch.from_numpy(expected))
-    (expected,) = operator.backward(grad.numpy(), rois.numpy(), [1.0], ONE_LEVEL, [shape])
+    operator = weighted_pool.roi_align((3, 2), 2, False)
+    expected = operator.forward([input.numpy()], rois.numpy(), [1.0])
+    assert_sums_close(cupy_path.roi_align(placed(input), rois, 1.0, 3, 2, 2, False), torch.from_numpy(expected))
+    (expected,) = operator.backward(grad.numpy(), [input.numpy()], rois.numpy(), [1.0])
     actual = cupy_path.roi_align_backward(placed(grad), rois, 1.0, 2, False, *shape, True)
-    assert_close(actual, torch.from_numpy(expected))
+    assert_sums_close(actual, torch.from_numpy(expected))
     types = f"{launch.FEATURES[dtype]}, float, roi::ChannelsLast"
     assert on_cpu.launched == [
         f"roi::roi_align<{types}<{forward}>, false>",
@@ -299,9 +331,9 @@ def test_work_does_not_grow_with_what_lies_off_the_map(way):
     input = torch.ones(1, 4, 8, 8, dtype=torch.float64)
     for sampling_ratio in (-1, 2):
         output = cupy_path.roi_align(input, rois, 1.0, 2, 2, sampling_ratio, True)
-        arguments = ([input.numpy()], rois.numpy(), [1.0], ONE_LEVEL)
-        expected = reference.roi_align((2, 2), sampling_ratio, True).forward(*arguments)
-        assert_close(output, torch.from_numpy(expected))
+        arguments = ([input.numpy()], rois.numpy(), [1.0])
+        expected = weighted_pool.roi_align((2, 2), sampling_ratio, True).forward(*arguments)
+        assert_sums_close(output, torch.from_numpy(expected))
         grad = torch.ones_like(output)
         gradient = cupy_path.roi_align_backward(grad, rois, 1.0, sampling_ratio, True, *input.shape, False)
         torch.testing.assert_close((gradient * input).sum(), output.sum())
@@ -315,9 +347,9 @@ def test_a_gather_of_very_many_bins_takes_smaller_patches(size, layout, monkeypa
     shape = (1, 3, 4, 70)
     rois = ordinary_boxes(5, 1, 4, 70)
     grad = numbers((5, 3, *size))
-    (expected,) = reference.roi_align(size, 1, False).backward(grad.numpy(), rois.numpy(), [1.0], ONE_LEVEL, [shape])
+    (expected,) = weighted_pool.roi_align(size, 1, False).backward(grad.numpy(), [np.empty(shape)], rois.numpy(), [1.0])
     actual = cupy_path.roi_align_backward(grad, rois, 1.0, 1, False, *shape, layout is torch.channels_last)
-    assert_close(actual, torch.from_numpy(expected))
+    assert_sums_close(actual, torch.from_numpy(expected))
 
 
 @ways

@@ -22,8 +22,8 @@ from roi import (
 )
 from roi._problem import Maps, Pooling
 from roi.torch_path.levels import map_levels
-from tests.comparison import same_bits
-from tests.cuda_on_cpu.boxes import hostile_boxes
+from tests.reference.boxes import hostile_boxes
+from tests.reference.comparison import same_bits
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

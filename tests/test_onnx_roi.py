@@ -28,7 +28,8 @@ from roi import (
     roi_align,
     roi_pool,
 )
-from tests.comparison import randomise, same_bits
+from tests.reference.comparison import largest_deviation, same_bits
+from tests.reference.random_weights import randomise
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -88,16 +89,6 @@ class InOnnxruntime:
         return [torch.from_numpy(output) for output in self.session.run(None, feed)]
 
 
-def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Relative to the largest value of its tensor; NaN anywhere gives NaN, which is below no tolerance."""
-    errors = [0.0]
-    for a, b in zip(actual, expected, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        if b.numel():
-            errors.append(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
-    return float(torch.tensor(errors).max())
-
-
 def all_same_bits(actual: list[Tensor], expected: list[Tensor]) -> bool:
     return all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -134,7 +125,7 @@ def test_roi_align(scale: float, output_size: Any) -> None:
         features = torch.randn(batch, 3, height, width)
         for count in COUNTS:
             rois = random_rois(count, batch, height / scale, width / scale, seed)
-            assert largest_error(runtime(features, rois), Heads(*heads)(features, rois)) < TOLERANCE
+            assert largest_deviation(runtime(features, rois), Heads(*heads)(features, rois)) < TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +197,7 @@ def test_dtypes(dtype: torch.dtype, box_dtype: torch.dtype) -> None:
     expected = Heads(*heads)(features, rois)
     # A mean is rounded to half precision once more: to its neighbour where the float32 sums differ in their last bit.
     neighbour = {torch.float16: 2**-10, torch.bfloat16: 2**-7}.get(dtype, 0.0)
-    assert largest_error(actual[:2], expected[:2]) < TOLERANCE + neighbour
+    assert largest_deviation(actual[:2], expected[:2]) < TOLERANCE + neighbour
     assert all_same_bits(actual[2:], expected[2:])
 
 
@@ -227,7 +218,7 @@ def test_pyramid(levels: int) -> None:
         maps = pyramid(batch, height, width, levels)
         for count in (0, 1, 2, 100):
             rois = random_rois(count, batch, height, width, seed)
-            assert largest_error(runtime(maps, rois), Heads(*heads)(maps, rois)) < TOLERANCE
+            assert largest_deviation(runtime(maps, rois), Heads(*heads)(maps, rois)) < TOLERANCE
 
 
 def test_boxes_of_one_level() -> None:
@@ -239,7 +230,7 @@ def test_boxes_of_one_level() -> None:
     for size in (1.0, 20.0, 111.999, 112.0, 223.999, 224.0, 224.001, 448.0, 5000.0):
         for count in (1, 3):
             rois = torch.tensor([[0.0, 0.0, 0.0, size, size]]).repeat(count, 1)
-            assert largest_error(runtime(maps, rois), module(maps, rois)) < TOLERANCE
+            assert largest_deviation(runtime(maps, rois), module(maps, rois)) < TOLERANCE
 
 
 def small_fpn(**options: Any) -> FPN:
@@ -281,7 +272,7 @@ def test_backbone_and_poolers() -> None:
             images = torch.randn(2, 3, height, width)
             for counts in ((7, 20), (0, 1), (1, 0), (0, 0)):
                 boxes = [random_rois(k, 1, height, width, seed)[:, 1:] for seed, k in enumerate(counts)]
-                assert largest_error(runtime(images, boxes), model(images, boxes)) < 1e-4
+                assert largest_deviation(runtime(images, boxes), model(images, boxes)) < 1e-4
 
 
 @backbones
@@ -304,7 +295,7 @@ def test_open_batch(fused: bool) -> None:
     with torch.no_grad():
         for batch, height, width, count in ((1, 96, 128, 1), (3, 301, 467, 64), (2, 200, 70, 0)):
             inputs = torch.randn(batch, 3, height, width), random_rois(count, batch, height, width)
-            assert largest_error(runtime(*inputs), model(*inputs)) < 1e-4
+            assert largest_deviation(runtime(*inputs), model(*inputs)) < 1e-4
 
 
 @pytest.mark.parametrize("optimize", [True, False])
@@ -321,7 +312,7 @@ def test_opsets(opset: int, optimize: bool) -> None:
     runtime = InOnnxruntime(module, inputs, OPEN, opset_version=opset, optimize=optimize)
     assert ("", opset) in {(entry.domain, entry.version) for entry in runtime.file.opset_import}
     with torch.no_grad():
-        assert largest_error(runtime(*inputs), module(*inputs)) < TOLERANCE
+        assert largest_deviation(runtime(*inputs), module(*inputs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("op", [ps_roi_align, ps_roi_pool])

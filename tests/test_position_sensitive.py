@@ -11,10 +11,11 @@ from torch import Tensor
 
 from roi import PSRoIAlign, PSRoIPool, ps_roi_align, ps_roi_pool, torch_path
 from roi._problem import Maps, Pooling
-from tests import slow_align
-from tests.comparison import same_bits
-from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
-from tests.torchvision_bins import sizes_exact
+from tests.reference import weighted_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.comparison import same_bits
+from tests.reference.maps import features
+from tests.reference.torchvision_bins import sizes_exact
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -38,9 +39,10 @@ def torchvisions(name: str) -> Op:
 
 
 def slow(name: str, input: Tensor, rois: Tensor, pooled: tuple[int, int], scale: float) -> Tensor:
+    pool = weighted_pool.ps_roi_align(pooled, 2 if name == "align 2" else -1)
     if name == "pool":
-        return slow_align.ps_roi_pool(input, rois, pooled, scale)
-    return slow_align.roi_align(input, rois, pooled, scale, 2 if name == "align 2" else -1, True, True)
+        pool = weighted_pool.ps_roi_pool(pooled)
+    return torch.from_numpy(pool.forward([input.numpy()], rois.numpy(), [scale]))
 
 
 def exact(name: str, rois: Tensor, scale: float, pooled: tuple[int, int]) -> Tensor:

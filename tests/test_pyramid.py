@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import fpn
 from fpn import FPN, FPN18, FPN34, FPN50, FPN101, FPN152, resnet
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 BUILDERS = [FPN18, FPN34, FPN50, FPN101, FPN152]
 SIZES = [(1, 1), (1, 40), (33, 65), (64, 64), (95, 31), (97, 130)]

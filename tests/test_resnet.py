@@ -9,7 +9,8 @@ from torch import nn
 from fpn import resnet
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import BasicBlock, Bottleneck, ResNet, ResNetClassifier, build
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 

@@ -17,9 +17,10 @@ from roi import RoIAlign, roi_align, torch_path
 from roi._problem import Maps, Pooling
 from roi.torch_path import linear, tables, weighted_sums
 from roi.torch_path.bins import rounded_up
-from tests import slow_align
-from tests.comparison import same_bits
-from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
+from tests.reference import weighted_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.comparison import same_bits
+from tests.reference.maps import features
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -30,6 +31,12 @@ aligned_or_not = pytest.mark.parametrize("aligned", [False, True])
 
 # Weighted sums of values of about 1, in another order than the reference's.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+def slow(bins: tuple[int, int], ratio: int, aligned: bool, input: Tensor, rois: Tensor) -> Tensor:
+    """The reference at scale 1/4."""
+    pool = weighted_pool.roi_align(bins, ratio, aligned)
+    return torch.from_numpy(pool.forward([input.numpy()], rois.numpy(), [1 / 4]))
 
 
 def around(count: int, images: int, stride: int, height: int, width: int) -> Tensor:
@@ -91,7 +98,7 @@ def test_reference_in_float64(dtype: torch.dtype, ratio: int, aligned: bool, lay
     input = features((2, 6, 13, 17), dtype, special=False).contiguous(memory_format=layout)
     rois = torch.cat([around(8, 2, 4, 13, 17), tiny(3, 2, 4, 13, 17), reversed_(3, 2, 4, 13, 17)])
     output = roi_align(input, rois, (3, 4), 1 / 4, ratio, aligned)
-    expected = slow_align.roi_align(input.double(), rois, (3, 4), 1 / 4, ratio, aligned)
+    expected = slow((3, 4), ratio, aligned, input.double(), rois)
     assert output.dtype == dtype
     assert output.is_contiguous(memory_format=layout)
     rounding = torch.finfo(dtype).eps
@@ -107,14 +114,16 @@ def test_gradient_is_the_adjoint(dtype: torch.dtype, ratio: int, layout) -> None
     input = torch.randn(2, 6, 13, 17, dtype=torch.float64)
     rois = torch.cat([around(8, 2, 4, 13, 17), tiny(3, 2, 4, 13, 17), reversed_(3, 2, 4, 13, 17)])
     grad = torch.randn(len(rois), 6, 3, 4, dtype=torch.float64).contiguous(memory_format=layout)
-    leaf = torch.zeros_like(input, requires_grad=True)
-    slow_align.roi_align(leaf, rois, (3, 4), 1 / 4, ratio, True).backward(grad.to(dtype).double())
+    reference = weighted_pool.roi_align((3, 4), ratio, True)
+    (expected,) = reference.backward(grad.to(dtype).double().numpy(), [input.numpy()], rois.numpy(), [1 / 4])
     pooling, maps = Pooling((1 / 4,), 3, 4, ratio, True), Maps(2, 6, (13,), (17,), layout is torch.channels_last)
     (ours,) = torch_path.align_adjoint(grad.to(dtype), rois, pooling, maps)
     assert ours.dtype == dtype
     assert ours.is_contiguous(memory_format=layout)
     rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(ours.double(), leaf.grad, rtol=rounding, atol=1e-12 if rounding < 1e-10 else 1e-4)
+    torch.testing.assert_close(
+        ours.double(), torch.from_numpy(expected), rtol=rounding, atol=1e-12 if rounding < 1e-10 else 1e-4
+    )
 
 
 # --- hostile content
@@ -150,7 +159,9 @@ def test_hostile_boxes(boxes_dtype: torch.dtype, ratio: int, aligned: bool, layo
 @aligned_or_not
 @layouts
 def test_nan_stays_where_it_is(ratio: int, aligned: bool, layout) -> None:
-    """A bin is NaN where one of its samples has a NaN cell with a weight, and only where one has it as a corner."""
+    """A bin is NaN where a NaN cell has a weight in it, and else only where the cell is a corner of weight 0: it would
+    have a weight if the samples lay a little further down or to the right.
+    """
     input = torch.randn(1, 2, 13, 17, dtype=torch.float64)
     rois = around(20, 1, 4, 13, 17)
     rois[10:] = rois[10:] * 2 - 30  # beyond the map on all sides
@@ -160,11 +171,11 @@ def test_nan_stays_where_it_is(ratio: int, aligned: bool, layout) -> None:
         holed[:, :, y, x] = torch.nan
         spike = torch.zeros_like(input)
         spike[:, :, y, x] = 1
-        weighs = roi_align(spike, rois, 3, 1 / 4, ratio, aligned)[:, 0] != 0
+        moves = [rois.new_tensor([0, dx, dy, dx, dy]) for dx in (0, 2**-20) for dy in (0, 2**-20)]
+        weighs, *near = (slow((3, 3), ratio, aligned, spike, rois + move)[:, 0] != 0 for move in moves)
         output = roi_align(holed.contiguous(memory_format=layout), rois, 3, 1 / 4, ratio, aligned)[:, 0]
-        slow = slow_align.roi_align(holed, rois, (3, 3), 1 / 4, ratio, aligned)[:, 0]
         assert output[weighs].isnan().all()
-        assert not output[~slow.isnan()].isnan().any()
+        assert not output[~torch.stack([weighs, *near]).any(dim=0)].isnan().any()
 
 
 # --- the ways of the torch path
@@ -207,7 +218,7 @@ def test_counts_are_rounded_up_to_few() -> None:
 MEMORY = """
 import resource, torch
 from roi import roi_align
-from benchmarks.workloads import rpn_like
+from tests.reference.boxes import rpn_like
 torch.set_num_threads(1)
 features = torch.rand(1, 32, 200, 336)
 boxes = rpn_like(10_000, 1, 800, 1344)

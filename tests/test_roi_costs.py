@@ -19,7 +19,7 @@ import roi
 from roi import torch_path
 from roi._problem import Maps, Pooling
 from roi.torch_path import memory, product, threads
-from tests.cuda_on_cpu.boxes import ordinary_boxes
+from tests.reference.boxes import ordinary_boxes
 
 STRIDES = (4, 8, 16, 32)
 IMAGE = (320, 448)

@@ -17,10 +17,11 @@ from roi import RoIPool, roi_pool, torch_path
 from roi._problem import Maps, Pooling
 from roi.torch_path import adaptive, memory, product
 from roi.torch_path.bins import Bins, roi_windows, round_half_away
-from tests.comparison import same_bits
-from tests.cuda_on_cpu import reference
-from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
-from tests.torchvision_bins import torchvision_bins_are_exact
+from tests.reference import max_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.comparison import same_bits
+from tests.reference.maps import features
+from tests.reference.torchvision_bins import torchvision_bins_are_exact
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -98,7 +99,7 @@ def test_reference_with_special_values_and_wild_boxes(
     rois = torch.cat([ordinary_boxes(40, 2, 13 / scale, 17 / scale), hostile_boxes(2, 13, 17)])
     rois = rois[rois.isfinite().all(dim=1) & (rois[:, 0] >= 0) & (rois[:, 0] < 2)]
     for boxes in (rois, rois.float()[rois.float().isfinite().all(dim=1)]):
-        expected, positions = reference.roi_pool(input.double().numpy(), boxes.numpy(), scale, *output_size)
+        expected, positions = max_pool.roi_pool(input.double().numpy(), boxes.numpy(), scale, *output_size)
         output, argmax = pooled(input, boxes, scale, *output_size)
         assert output.is_contiguous(memory_format=layout)
         assert same_bits(output, torch.from_numpy(expected).to(dtype))
@@ -118,7 +119,7 @@ def test_gradient_is_the_reference_in_float64(dtype, layout, count: int, output_
     grad = torch.randn(output.shape, dtype=torch.float64).to(dtype)
     output.backward(grad)
     _, argmax = pooled(input.detach(), rois, 1.0, *output_size)
-    expected = reference.roi_pool_backward(grad.double().numpy(), rois.numpy(), argmax.numpy(), shape)
+    expected = max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), argmax.numpy(), shape)
     # Sums are float32 or better, and rounded once to the dtype.
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(input.grad.double(), torch.from_numpy(expected), rtol=rounding, atol=50 * 2**-23)
@@ -145,7 +146,7 @@ def test_every_way_is_the_reference(
     """NaN, infinities, subnormal numbers and zeros of both signs included; each way for every problem it can do."""
     rois = torch.cat([kind(count, 2, 4, 13, 17), far_off(2)])
     input = features((2, channels, 13, 17), dtype, special=special).contiguous(memory_format=layout)
-    expected, positions = reference.roi_pool(input.double().numpy(), rois.numpy(), 1 / 4, 7, 3)
+    expected, positions = max_pool.roi_pool(input.double().numpy(), rois.numpy(), 1 / 4, 7, 3)
     pooling = Pooling((1 / 4,), 7, 3)
     if way == "adaptive":
         monkeypatch.setattr(product, "serves", lambda *_: False)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparison import same_bits
-from tests.cuda_on_cpu import reference
-from tests.cuda_on_cpu.boxes import features, hostile_boxes, ordinary_boxes
 from tests.flat_calls import CUPY as cupy_path
+from tests.reference import max_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.comparison import same_bits
+from tests.reference.maps import features
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +62,7 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
     shape, size, scale = case
     input = features(shape, dtype)
     rois = boxes_for(shape, scale).to(coordinates)
-    output, positions = reference.roi_pool(input.double().numpy(), rois.numpy(), scale, *size)
+    output, positions = max_pool.roi_pool(input.double().numpy(), rois.numpy(), scale, *size)
     expected = torch.from_numpy(output).to(dtype)
     grad = torch.randint(-1, 2, expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -73,7 +74,7 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
     assert same_bits(cupy_path.roi_pool(on_gpu, rois, scale, *size, False)[0], expected)
 
     # Small integers: the sums are exact, whatever their order.
-    summed = torch.from_numpy(reference.roi_pool_backward(grad.double().numpy(), rois.cpu().numpy(), positions, shape))
+    summed = torch.from_numpy(max_pool.roi_pool_backward(grad.double().numpy(), rois.cpu().numpy(), positions, shape))
     if summed.abs().max() > 256:  # beyond bfloat16's integers
         pytest.fail("the case is too large to be exact")
     for ordered in (False, True):

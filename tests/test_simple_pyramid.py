@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fpn import SimpleFeaturePyramid
 from fpn.detection import Detectron2Backbone, TorchvisionBackbone
-from tests.comparison import relative_error
+from tests.reference.comparison import relative_error
 
 # detectron2's SimpleFeaturePyramid over ViT-B, without "backbone.": 768 channels, 256 in the pyramid, layer norm.
 PUBLISHED = {

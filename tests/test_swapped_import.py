@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import swapped_import
+from tests.reference import swapped_import
 
 
 @pytest.mark.torchvision

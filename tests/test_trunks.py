@@ -12,8 +12,9 @@ from torch import nn
 
 from fpn import FPN, SimpleFeaturePyramid
 from fpn.detection import TorchvisionBackbone, torchvision_trunk
-from tests.comparison import randomise, relative_error
 from tests.families import FAMILIES, SLICE
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 TABLE = Path(__file__).parents[1] / "docs" / "trunks.md"
 

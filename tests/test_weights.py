@@ -13,7 +13,7 @@ from fpn import FPN18, FPN50, resnet, weights
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import ResNetClassifier, build
 from fpn.weights import CheckpointError, freeze, load_weights, match, parameter_groups, read_checkpoint, transfer
-from tests.comparison import randomise
+from tests.reference.random_weights import randomise
 
 State = dict[str, Tensor]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fpn import winograd
 from fpn.activation import RELU
 from fpn.fused_conv import FusedConv2d, one_pass_works
-from tests.comparison import relative_error
+from tests.reference.comparison import relative_error
 
 # The transforms, with factors of up to 8, cost some bits: by norm, four times the error of the plain sum, 6e-7.
 ALLOWED = 5e-6

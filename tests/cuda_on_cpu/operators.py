@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.cuda_on_cpu import reference
-from tests.cuda_on_cpu.boxes import hostile_boxes, ordinary_boxes
-from tests.cuda_on_cpu.reference import WeightedPool
 from tests.flat_calls import CUPY as cupy_path
-from tests.flat_calls import ONE_LEVEL
+from tests.reference import weighted_pool
+from tests.reference.boxes import hostile_boxes, ordinary_boxes
+from tests.reference.maps import numbers
+from tests.reference.weighted_pool import WeightedPool
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Operator:
         return self.reference(size, *self.options)
 
 
-ADAPTIVE = Operator("roi_align", (-1, False), reference.roi_align)
-ALIGNED = Operator("roi_align", (-1, True), reference.roi_align)
-SAMPLING_2 = Operator("roi_align", (2, True), reference.roi_align)
-SAMPLING_11 = Operator("roi_align", (11, False), reference.roi_align)
-PS_ADAPTIVE = Operator("ps_roi_align", (0,), reference.ps_roi_align)
-PS_SAMPLING_3 = Operator("ps_roi_align", (3,), reference.ps_roi_align)
-PS_POOL = Operator("ps_roi_pool", (), reference.ps_roi_pool)
+ADAPTIVE = Operator("roi_align", (-1, False), weighted_pool.roi_align)
+ALIGNED = Operator("roi_align", (-1, True), weighted_pool.roi_align)
+SAMPLING_2 = Operator("roi_align", (2, True), weighted_pool.roi_align)
+SAMPLING_11 = Operator("roi_align", (11, False), weighted_pool.roi_align)
+PS_ADAPTIVE = Operator("ps_roi_align", (0,), weighted_pool.ps_roi_align)
+PS_SAMPLING_3 = Operator("ps_roi_align", (3,), weighted_pool.ps_roi_align)
+PS_POOL = Operator("ps_roi_pool", (), weighted_pool.ps_roi_pool)
 
 Case = tuple[Operator, tuple[int, int, int, int], tuple[int, int], float]
 # Operator; N, channels of the output, H, W; output size; scale. 8 and 16 channels take the vector accesses.
@@ -72,11 +72,6 @@ def boxes_for(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> Tenso
     return torch.cat([hostile_boxes(shape[0], height, width), ordinary_boxes(20, shape[0], height, width)]).to(dtype)
 
 
-def numbers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Float64, and exact in every dtype: quarters from -1 to 1."""
-    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).double() / 4
-
-
 @functools.cache
 def problem(case: Case, coordinates: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of a case: input, boxes, output, a gradient of it, that of the input; in float64 but for the boxes."""
@@ -84,20 +79,10 @@ def problem(case: Case, coordinates: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     shape = (images, operator.input_channels(channels, size), height, width)
     input, rois = numbers(shape), boxes_for(shape, scale, coordinates)
     expected = operator.expected(size)
-    output = torch.from_numpy(expected.forward([input.numpy()], rois.numpy(), [scale], ONE_LEVEL))
+    output = torch.from_numpy(expected.forward([input.numpy()], rois.numpy(), [scale]))
     grad = numbers(tuple(output.shape), seed=1)
-    arguments = (grad.numpy(), rois.numpy(), [scale], ONE_LEVEL, [shape])
-    return input, rois, output, grad, torch.from_numpy(expected.backward(*arguments)[0])
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Sums are float64, or float32, of up to some hundred terms that are at most 1, rounded to the dtype once."""
-    actual = actual.cpu()
-    if actual.dtype == torch.float64:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12, equal_nan=True)
-    else:
-        rounding = torch.finfo(actual.dtype).eps / 2
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-5 + rounding, atol=1e-5, equal_nan=True)
+    (gradient,) = expected.backward(grad.numpy(), [input.numpy()], rois.numpy(), [scale])
+    return input, rois, output, grad, torch.from_numpy(gradient)
 
 
 # --- A pyramid

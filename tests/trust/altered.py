@@ -23,7 +23,8 @@ from fpn.fuse import FusedBlock, FusedStage, copied
 from fpn.fused_conv import FusedConv2d
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import BasicBlock, Bottleneck, ResNet
-from tests.comparison import randomise, relative_error
+from tests.reference.comparison import relative_error
+from tests.reference.random_weights import randomise
 
 Seen = list[tuple[Tensor, Tensor]]  # a map as a hook has got it, and a copy of it of that moment
 

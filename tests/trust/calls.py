@@ -10,7 +10,7 @@ from torch import Tensor
 import roi
 from fpn.pyramid import FPN
 from fpn.resnet import BasicBlock, ResNet
-from tests.cuda_on_cpu.boxes import ordinary_boxes
+from tests.reference.boxes import ordinary_boxes
 
 BOXES = ordinary_boxes(20, 2, 64, 64)
 SCALES = [1.0, 0.5, 0.25]

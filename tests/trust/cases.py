@@ -15,9 +15,11 @@ from torch import Tensor
 import roi
 from roi import torch_path
 from roi._problem import Pooling
-from tests.cuda_on_cpu import reference
-from tests.cuda_on_cpu.boxes import features
-from tests.cuda_on_cpu.reference import Array, WeightedPool, is_valid, level_of
+from tests.reference import weighted_pool
+from tests.reference.levels import is_valid
+from tests.reference.maps import features
+from tests.reference.max_pool import MaxPool
+from tests.reference.weighted_pool import WeightedPool
 
 OPERATORS = ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align", "multiscale_roi_pool", "multiscale_roi_align")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -120,10 +122,10 @@ class Case:
         if self.takes_maximum:
             return MaxPool(self.size)
         if self.operator == "ps_roi_pool":
-            return reference.ps_roi_pool(self.size)
+            return weighted_pool.ps_roi_pool(self.size)
         if self.operator == "ps_roi_align":
-            return reference.ps_roi_align(self.size, self.ratio)
-        return reference.roi_align(self.size, self.ratio, self.aligned)
+            return weighted_pool.ps_roi_align(self.size, self.ratio)
+        return weighted_pool.roi_align(self.size, self.ratio, self.aligned)
 
     def expected(self) -> Tensor:
         arrays = [x.double().numpy() for x in self.maps]
@@ -132,40 +134,9 @@ class Case:
     def expected_gradients(self, grad: Tensor) -> list[Tensor]:
         """Of the maps, for that of the output."""
         arrays = [x.double().numpy() for x in self.maps]
-        if isinstance(pool := self.reference, MaxPool):
-            gradients = pool.backward(grad.double().numpy(), self.wide_rois.numpy(), self.scales, CANONICAL, arrays)
-        else:
-            shapes = [x.shape for x in arrays]
-            gradients = pool.backward(grad.double().numpy(), self.wide_rois.numpy(), self.scales, CANONICAL, shapes)
+        options = self.wide_rois.numpy(), self.scales, CANONICAL
+        gradients = self.reference.backward(grad.double().numpy(), arrays, *options)
         return [torch.from_numpy(gradient) for gradient in gradients]
-
-
-class MaxPool:
-    """Max pooling of a pyramid by the reference for one map."""
-
-    def __init__(self, bins: tuple[int, int]) -> None:
-        self.bins = bins
-
-    def levels(self, rois: Array, scales: list[float], canonical: tuple[float, float]) -> Array:
-        return np.array([level_of(box, scales, canonical) if len(scales) > 1 else 0 for box in rois], dtype=np.int64)
-
-    def forward(self, maps: list[Array], rois: Array, scales: list[float], canonical: tuple[float, float]) -> Array:
-        output = np.empty((len(rois), maps[0].shape[1], *self.bins))
-        levels = self.levels(rois, scales, canonical)
-        for level, (map_, scale) in enumerate(zip(maps, scales, strict=True)):
-            output[levels == level] = reference.roi_pool(map_, rois[levels == level], scale, *self.bins)[0]
-        return output
-
-    def backward(
-        self, grad: Array, rois: Array, scales: list[float], canonical: tuple[float, float], maps: list[Array]
-    ) -> list[Array]:
-        levels = self.levels(rois, scales, canonical)
-        gradients = []
-        for level, (map_, scale) in enumerate(zip(maps, scales, strict=True)):
-            mine = levels == level
-            _, argmax = reference.roi_pool(map_, rois[mine], scale, *self.bins)
-            gradients.append(reference.roi_pool_backward(grad[mine], rois[mine], argmax, map_.shape))
-        return gradients
 
 
 # --- Views: tensors of the values, or of some of them repeated, as no constructor lays them out. What lies around them

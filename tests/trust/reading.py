@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 import fpn
-from benchmarks.fpn import reset_peak_resident, resident
 from fpn.files import CheckpointError, read_checkpoint
 from fpn.photo import PhotoError, read_photo
 from fpn.weights import transfer
+from tests.reference.process_memory import reset_peak_resident, resident
 from tests.trust.mutations import model, mutated
 
 PHOTO_BYTES = 1.2e9  # of what `fpn.photo.MAX_PIXELS` allows, decoded

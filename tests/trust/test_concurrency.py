@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 import roi
 from fpn.files import read_checkpoint
 from fpn.photo import DEFAULT_PHOTO, read_photo
-from tests.comparison import same_bits
 from tests.conftest import ALL_TRUST_CASES
+from tests.reference.comparison import same_bits
 from tests.trust.calls import OPERATORS, forward_and_backward
 from tests.trust.conftest import Amounts
 

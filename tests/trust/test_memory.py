@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import roi
-from benchmarks.fpn import in_a_process, reset_peak_resident, resident
-from benchmarks.workloads import rpn_like
+from tests.reference.boxes import rpn_like
+from tests.reference.process_memory import in_a_process, reset_peak_resident, resident
 from tests.trust.calls import OPERATORS, forward_and_backward, maps, small_fpn
 from tests.trust.conftest import Amounts
 

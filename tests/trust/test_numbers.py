@@ -15,11 +15,11 @@ from torch import Tensor
 import roi
 from roi.cupy_path import launch
 from roi.cupy_path import roi_align_launches as align
-from tests.comparison import same_bits
 from tests.conftest import ALL_TRUST_CASES
 from tests.cuda_on_cpu import COMPILER, Library, build
-from tests.cuda_on_cpu.boxes import ordinary_boxes
 from tests.flat_calls import CUPY as cupy_path
+from tests.reference.boxes import ordinary_boxes
+from tests.reference.comparison import same_bits
 from tests.trust.calls import BOXES, OPERATORS, forward_and_backward, small_fpn
 from tests.trust.conftest import Amounts
 

@@ -14,7 +14,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 
 from roi._problem import memory_format
-from tests.comparison import same_bits
+from tests.reference.comparison import same_bits
 from tests.trust.cases import OPERATORS, Case, cases
 from tests.trust.conftest import Amounts
 

@@ -1,4 +1,4 @@
-"""Boxes to test RoI operators with."""
+"""Boxes for RoI operators: ordinary ones, those of a detector that goes wrong, those of a region proposal network."""
 
 from __future__ import annotations
 
@@ -53,17 +53,19 @@ def hostile_boxes(images: int, height: float, width: float) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def features(shape: tuple[int, int, int, int], dtype: torch.dtype, *, special: bool = True, seed: int = 0) -> Tensor:
-    """Features with many ties; `special` sprinkles NaN, infinities, zeros of both signs and subnormal numbers."""
+def rpn_like(count: int, images: int, height: int, width: int, *, seed: int = 0) -> Tensor:
+    """Tensor[count, 5], float32: boxes as a region proposal network gives them, image after image.
+
+    Centres are uniform, the square root of the area is log-uniform in 32 … 512 pixels and the aspect in 1/2 … 2; boxes
+    are clipped to the image, whose right edge x2 = width rounds to a cell past the map.
+    """
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-4, 5, shape, generator=generator).to(dtype) / 4
-    if special:
-        tiny = torch.finfo(dtype).smallest_normal
-        palette = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, tiny / 4, -tiny / 4, tiny / 2])
-        palette = torch.tensor(palette.tolist(), dtype=torch.float64).to(dtype)
-        chosen = torch.randint(len(palette), shape, generator=generator)
-        sprinkled = torch.rand(shape, generator=generator) < 0.3
-        values = torch.where(sprinkled, palette[chosen], values)
-        values[:, :1] = -float("inf")  # a channel in which every maximum is -inf
-        values[:, -1:] = palette[chosen[:, -1:] % 3 + 5]  # and one of subnormal numbers only
-    return values
+    x, y, size, aspect = torch.rand(4, count, dtype=torch.float64, generator=generator)
+    side = 32 * 16**size
+    stretch = 2 ** (aspect - 0.5)  # the square root of the aspect
+    x, y = x * width, y * height
+    half_width, half_height = side * stretch / 2, side / stretch / 2
+    left, right = (x - half_width).clamp(0, width), (x + half_width).clamp(0, width)
+    top, bottom = (y - half_height).clamp(0, height), (y + half_height).clamp(0, height)
+    image = torch.arange(count) * images // max(count, 1)
+    return torch.stack([image.double(), left, top, right, bottom], dim=1).float()
