@@ -63,6 +63,7 @@ template <typename T> struct Maps {
             all.scale[i] = Coord(1) / Coord(i + 1);
         }
         all.canonical_scale = 4;
+        all.coarsest_level = Coord(count);  // one more than there are: boxes of it are on no level
         all.count = count;
         return all;
     }

@@ -63,5 +63,7 @@ PYRAMIDS = {
     "eight maps": Pyramid(
         (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 16, 1 / 16, 1 / 1024), (64, 10), frozenset({3, 4, 5, 6, 7, None})
     ),
+    "no power of two": Pyramid((1 / 3, 1 / 6, 1 / 12), (32, 3), frozenset({0, 1, 2})),
+    "no power of two, finer": Pyramid((1 / 12, 1 / 24), (32, 4), frozenset({0, 1})),
     "coarsest first": Pyramid((1 / 16, 1 / 4), (32, 3), frozenset({None})),
 }
