@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ def check_input(input: Tensor, name: str = "input") -> None:
 
 def output_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) in bins of `output_size`, an integer or any sequence of one or two, each at least 1."""
-    one = is_integer(output_size) or not isinstance(output_size, Iterable)
-    sides: list[Any] = [output_size] if one else list(cast("Iterable[int]", output_size))
+    sides: list[Any] = [output_size] if is_integer(output_size) or not is_sequence(output_size) else list(output_size)
     if len(sides) not in (1, 2) or not all(is_integer(side) and side >= 1 for side in sides):
         raise ValueError(f"output_size must be an int or a pair of ints, at least 1; got {output_size!r}")
     height, width = (
@@ -60,8 +59,8 @@ def scaled(rois: Tensor, spatial_scale: float | Sequence[float]) -> tuple[Tensor
         spatial_scale: cells of the map per unit of the boxes, or those in height and in width. Operators multiply by
             one number only, before all else: for two, the boxes come multiplied.
     """
-    if is_number(spatial_scale) or not isinstance(spatial_scale, Iterable):
-        return rois, check_scale(cast(float, spatial_scale))
+    if is_number(spatial_scale) or not is_sequence(spatial_scale):
+        return rois, check_scale(cast("float", spatial_scale))
     scales = [check_scale(scale) for scale in spatial_scale]
     if len(scales) != 2:
         raise ValueError(f"spatial_scale must be a number or a pair (height, width); got {spatial_scale!r}")
@@ -101,6 +100,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (Real, torch.SymInt, torch.SymFloat))
 
 
+def is_sequence(value: object) -> TypeGuard[Iterable[Any]]:
+    """Whether it can be iterated over: a tensor or array that is one number cannot, though its type can."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+
+
 def check_flag(value: bool, name: str) -> bool:
     """A bool, an integer that stands for one, or NumPy's."""
     if not (isinstance(value, np.bool_) or is_integer(value)):
@@ -130,7 +134,7 @@ def check_pyramid(features: Sequence[Tensor], spatial_scales: Sequence[float]) -
                 f"{tuple(first.shape[:2])}, {first.dtype}, {first.device}; "
                 f"got {tuple(map_.shape[:2])}, {map_.dtype}, {map_.device}"
             )
-    if isinstance(spatial_scales, Tensor) or not isinstance(spatial_scales, Iterable):
+    if not is_sequence(spatial_scales):
         raise TypeError(f"spatial_scales must be a list of a number per level; got {type(spatial_scales).__name__}")
     scales = [check_scale(scale, "spatial_scales") for scale in spatial_scales]
     if len(scales) != len(features):

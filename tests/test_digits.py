@@ -207,8 +207,8 @@ def test_a_checkpoint_that_breaks_off_leaves_the_last_one(
     path = tmp_path / "checkpoint.pt"
     training.save({"options": {}, "step": 1}, path)
 
-    def break_off(checkpoint: dict[str, Any], file: Any) -> None:
-        file.write(b"x" * break_at)
+    def break_off(checkpoint: dict[str, Any], file: Path) -> None:
+        file.write_bytes(b"x" * break_at)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", break_off)

@@ -343,10 +343,16 @@ def test_bad_arguments_of_the_modules() -> None:
     features, boxes = {"0": torch.zeros(1, 3, 8, 8)}, [torch.zeros(1, 4)]
     with pytest.raises(ValueError, match=r"x must have a map of \['1'\]; got \['0'\]"):
         MultiScaleRoIAlign(["1"], 7, 2)(features, boxes, [(32, 32)])
-    with pytest.raises(ValueError, match=r"image_shapes must have one \(height, width\) per image; got 2"):
-        MultiScaleRoIPool(["0"], 7)(features, boxes, [(32, 32), (32, 32)])
-    with pytest.raises(ValueError, match=r"x must have maps of the images' shape; got one of \(8, 8\) for 32 × 64"):
-        MultiScaleRoIAlign(["0"], 7, 2)(features, boxes, [(32, 64)])
+    with pytest.raises(ValueError, match=r"image_shapes must have the \(height, width\) of an image; got none"):
+        MultiScaleRoIPool(["0"], 7)(features, boxes, [])
+    with pytest.raises(TypeError, match=r"spatial_scales must be a list or a dict of numbers; got str"):
+        MultiScaleRoIAlign(["0"], 7, 2, spatial_scales="0")
+    with pytest.raises(ValueError, match=r"spatial_scales must have a scale for a map of \['0'\]; got none"):
+        MultiScaleRoIPool(["0"], 7, spatial_scales={"1": 0.5})
+    with pytest.raises(ValueError, match=r"spatial_scales must be finite and positive; got -1"):
+        MultiScaleRoIPool(["0"], 7, spatial_scales=[-1])
+    with pytest.raises(ValueError, match=r"spatial_scales must have one scale per level; got 2 for 1"):
+        MultiScaleRoIAlign(["0"], 7, 2, spatial_scales=[1 / 4, 1 / 8])(features, boxes, [(32, 32)])
 
 
 # --- the operators' contract with PyTorch
@@ -449,25 +455,47 @@ def test_export_with_any_number_of_boxes(op) -> None:
     assert same_bits(program.module()(pyramid(), rois), Head()(pyramid(), rois))
 
 
-def test_export_of_the_module_with_open_sizes() -> None:
-    """Neither the images' sides, of which the scales are inferred, nor the number of boxes is tied to the example's."""
+class Head(nn.Module):
+    """Two maps of the images, pooled."""
 
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.levels = nn.ModuleList(nn.Conv2d(3, 4, 3, stride, padding=1) for stride in (4, 8))
-            self.pooler = MultiScaleRoIAlign(["0", "1"], 3, 2)
+    def __init__(self, pooler: MultiScaleRoIAlign) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(3, 4, 3, stride, padding=1) for stride in (4, 8))
+        self.pooler = pooler
 
-        def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
-            maps = {str(level): convolution(images) for level, convolution in enumerate(self.levels)}
-            return self.pooler(maps, boxes, [tuple(images.shape[-2:])] * len(boxes))
+    def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
+        maps = {str(level): convolution(images) for level, convolution in enumerate(self.levels)}
+        return self.pooler(maps, boxes, [tuple(images.shape[-2:])] * len(boxes))
 
-    def inputs(height: int, width: int, *counts: int) -> tuple[Tensor, list[Tensor]]:
-        return torch.randn(2, 3, height, width), [boxes_of_all_sizes(count)[:, 1:] for count in counts]
 
-    sides = {2: torch.export.Dim("height", min=33), 3: torch.export.Dim("width", min=33)}
-    dynamic = (sides, [{0: torch.export.Dim("first")}, {0: torch.export.Dim("second")}])
-    head = Head()
-    program = torch.export.export(head, inputs(64, 80, 4, 5), dynamic_shapes=dynamic, strict=False)
-    for given in (inputs(64, 80, 4, 5), inputs(101, 37, 7, 2), inputs(200, 333, 0, 1)):
+def images_and_boxes(height: int, width: int, *counts: int) -> tuple[Tensor, list[Tensor]]:
+    return torch.randn(2, 3, height, width), [boxes_of_all_sizes(count)[:, 1:] for count in counts]
+
+
+# The sides of the images and the number of boxes of each.
+OPEN = (
+    {2: torch.export.Dim("height", min=33), 3: torch.export.Dim("width", min=33)},
+    [{0: torch.export.Dim("first")}, {0: torch.export.Dim("second")}],
+)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_the_module_with_open_sizes(strict: bool) -> None:
+    """Scales that are given: neither the images' sides nor the number of boxes is tied to the example's."""
+    head = Head(MultiScaleRoIAlign(["0", "1"], 3, 2, spatial_scales=[1 / 4, 1 / 8]))
+    program = torch.export.export(head, images_and_boxes(64, 80, 4, 5), dynamic_shapes=OPEN, strict=strict)
+    for given in (images_and_boxes(64, 80, 4, 5), images_and_boxes(101, 37, 7, 2), images_and_boxes(200, 333, 0, 1)):
         assert same_bits(program.module()(*given), head(*given))
+
+
+def test_export_with_scales_that_the_example_would_decide() -> None:
+    """Scales inferred from the example's sizes would be wrong at others: the export says what to give."""
+    head, example = Head(MultiScaleRoIAlign(["0", "1"], 3, 2)), images_and_boxes(64, 80, 4, 5)
+    with pytest.raises(ValueError, match=r"sizes that are left open: give the pooler spatial_scales"):
+        torch.export.export(head, example, dynamic_shapes=OPEN, strict=False)
+    with pytest.raises(Exception, match=r"spatial_scales|onstraint"):
+        torch.export.export(head, example, dynamic_shapes=OPEN, strict=True)
+    head(*example)  # the first call infers them, once and for all
+    program = torch.export.export(head, example, dynamic_shapes=OPEN, strict=False)
+    given = images_and_boxes(101, 37, 7, 2)
+    assert same_bits(program.module()(*given), head(*given))

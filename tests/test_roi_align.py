@@ -194,7 +194,7 @@ def test_ways_and_chunks_of_any_size_give_the_same(
     for limit in limits:
         for line in (64, 10**9):  # crops where they move less memory, never
             for value in limit:
-                for name in ("LOOKUPS_AT_ONCE", "VALUES_AT_ONCE", "LOOKUPS_PER_GROUP"):
+                for name in ("LOOKUPS_AT_ONCE", "LOOKUPS_PER_STEP", "VALUES_AT_ONCE", "LOOKUPS_PER_GROUP"):
                     monkeypatch.setattr(weighted_sums, name, value)
                 monkeypatch.setattr(linear, "LOOKUPS_AHEAD", value)
             monkeypatch.setattr(tables, "LINE_BYTES", line)
@@ -308,7 +308,7 @@ def test_any_strides(view, count: int) -> None:
     ("change", "error", "message"),
     [
         ({"input": torch.zeros(3, 8, 8)}, ValueError, r"input must be a Tensor\[N, C, H, W\]; got shape \(3, 8, 8\)"),
-        ({"boxes": torch.zeros(2, 4)}, ValueError, r"boxes must be a floating-point Tensor\[K, 5\] on cpu; got shape"),
+        ({"boxes": torch.zeros(2, 4)}, ValueError, r"boxes must be a Tensor\[K, 5\] on cpu; got shape"),
         ({"boxes": torch.tensor([[0.0] * 5, [2.0, 0, 0, 1, 1]])}, ValueError, r"indices in \[0, 2\); row 1 is \[2.0"),
         ({"boxes": torch.tensor([[0.0, 0, 0, math.nan, 1]])}, ValueError, "finite coordinates.*row 0"),
         ({"output_size": (7, -1)}, ValueError, "output_size"),

@@ -23,6 +23,7 @@ from roi.torch_path.weights import BinWeights, Entries
 
 # Bounds of the memory that is worked on at once.
 LOOKUPS_AT_ONCE = 2**20
+LOOKUPS_PER_STEP = 2**18  # of NumPy's, whose arrays are several of that size
 VALUES_AT_ONCE = 2**21
 LOOKUPS_PER_GROUP = 2**15  # that are summed up in the time that it takes to begin with another group of RoIs
 
@@ -200,7 +201,7 @@ def lookups(cells: Cells, bins: BinWeights, part: slice) -> Iterator[Lookups]:
     size = bins.lines[0] * bins.lines[1]
     for entries_size, rois in groups(bins, part):
         rows, columns = entries_size
-        step = max(1, LOOKUPS_AT_ONCE // max(size * rows * columns, bins.numbers(rois, entries_size)))
+        step = max(1, LOOKUPS_PER_STEP // max(size * rows * columns, bins.numbers(rois, entries_size)))
         for some in split(rois, step):
             yield combined(cells, some, bins.entries(some, entries_size))
 
