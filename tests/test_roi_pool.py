@@ -303,7 +303,7 @@ def test_any_strides(view) -> None:
         ({"input": torch.zeros(2, 3, 0, 8)}, ValueError, "at least one cell"),
         ({"boxes": torch.zeros(2, 4)}, ValueError, r"boxes must be a Tensor\[K, 5\] on cpu; got shape"),
         ({"boxes": torch.zeros(5)}, ValueError, r"Tensor\[K, 5\]"),
-        ({"boxes": torch.zeros(2, 5, dtype=torch.bool)}, TypeError, r"Tensor\[K, 5\] on cpu, of numbers; got torch.bool"),
+        ({"boxes": torch.zeros(2, 5, dtype=torch.bool)}, TypeError, r"Tensor\[K, 5\] on cpu, of numbers; got torch.bo"),
         ({"boxes": np.zeros((2, 5), bool)}, TypeError, r"Tensor\[K, 5\] on cpu, of numbers; got bool"),
         ({"boxes": [torch.zeros(2, 4)]}, ValueError, r"one Tensor\[Ki, 4\] per image; got 1 for a batch of 2"),
         ({"boxes": [torch.zeros(2, 4), torch.zeros(2, 5)]}, ValueError, r"boxes\[1\] must be .* got shape \(2, 5\)"),
