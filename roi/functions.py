@@ -81,7 +81,8 @@ def roi_pool(
         output_size: bins, an int or (height, width).
         spatial_scale: cells of the map per unit of the boxes: 1/16 for boxes in pixels and a map of stride 16. Or
             a pair of them, in height and in width.
-        backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
+        backend: "torch", "cupy", "torchvision", or "auto": what `set_default_backend` says, else torch for CPU tensors,
+            and for CUDA tensors the first that runs of CuPy, torchvision and torch.
 
     Returns:
         Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input` (reverse
@@ -90,7 +91,7 @@ def roi_pool(
 
     Raises:
         TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.
-        RuntimeError: backend="cupy" where it cannot run; the message says what to install.
+        RuntimeError: backend="cupy" or "torchvision" where it cannot run; the message says why.
     """
     check_input(input)
     rois, scale = scaled(as_rois(boxes, input), spatial_scale)
@@ -130,7 +131,8 @@ def roi_align(
             a pair of them, in height and in width.
         sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
         aligned: whether cells have their values at their centres (detectron2's ROIAlignV2), as pixels have.
-        backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
+        backend: "torch", "cupy", "torchvision", or "auto": what `set_default_backend` says, else torch for CPU tensors,
+            and for CUDA tensors the first that runs of CuPy, torchvision and torch.
 
     Returns:
         Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input` (reverse
@@ -139,7 +141,7 @@ def roi_align(
 
     Raises:
         TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.
-        RuntimeError: backend="cupy" where it cannot run; the message says what to install.
+        RuntimeError: backend="cupy" or "torchvision" where it cannot run; the message says why.
     """
     check_input(input)
     rois, scale = scaled(as_rois(boxes, input), spatial_scale)
@@ -181,7 +183,8 @@ def multiscale_roi_align(
         aligned: whether cells have their values at their centres.
         canonical_scale: size in units of the boxes, the root of the area, of a box that belongs to `canonical_level`.
         canonical_level: k of that size.
-        backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
+        backend: "torch", "cupy", "torchvision", or "auto": what `set_default_backend` says, else torch for CPU tensors,
+            and for CUDA tensors the first that runs of CuPy, torchvision and torch.
 
     Returns:
         Tensor[K, C, height, width] in the dtype and the memory format of the first level; differentiable in `features`
@@ -190,7 +193,7 @@ def multiscale_roi_align(
 
     Raises:
         TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.
-        RuntimeError: backend="cupy" where it cannot run; the message says what to install.
+        RuntimeError: backend="cupy" or "torchvision" where it cannot run; the message says why.
     """
     maps, scales = check_pyramid(features, spatial_scales)
     rois = as_rois(boxes, maps[0])
@@ -248,7 +251,8 @@ def ps_roi_pool(
             `input`.
         output_size: bins, an int or (height, width).
         spatial_scale: cells of the map per unit of the boxes, or a pair of them, in height and in width.
-        backend: "torch", "cupy", or "auto": what `set_default_backend` says, else CuPy for CUDA tensors where it runs.
+        backend: "torch", "cupy", "torchvision", or "auto": what `set_default_backend` says, else torch for CPU tensors,
+            and for CUDA tensors the first that runs of CuPy, torchvision and torch.
 
     Returns:
         Tensor[K, C, height, width] in the dtype and the memory format of `input`; differentiable in `input` (reverse
@@ -257,7 +261,7 @@ def ps_roi_pool(
 
     Raises:
         TypeError, ValueError: an argument is not of that form; on the CPU also for such a row.
-        RuntimeError: backend="cupy" where it cannot run; the message says what to install.
+        RuntimeError: backend="cupy" or "torchvision" where it cannot run; the message says why.
     """
     sides = position_sensitive_sides(input, output_size)
     rois, scale = scaled(as_rois(boxes, input), spatial_scale)

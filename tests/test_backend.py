@@ -13,7 +13,7 @@ from roi.kernels import KernelCompilationError
 
 import roi
 from roi import _backend as backend
-from roi import cupy_path, roi_pool
+from roi import cupy_path, roi_pool, torchvision_path
 from roi._problem import Pooling
 
 INPUT, BOXES = torch.arange(64.0).view(1, 1, 8, 8), torch.tensor([[0.0, 0, 0, 7, 7]])
@@ -49,7 +49,7 @@ def test_process_default() -> None:
     assert torch.equal(roi_pool(INPUT, BOXES, 2, backend="torch"), EXPECTED)
     roi.set_default_backend("torch")
     assert roi.backend_info() == backend.BackendInfo("torch", "torch", "torch", "torch is the default of this process")
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, cupy; got 'numpy'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, cupy, torchvision; got 'numpy'"):
         roi.set_default_backend("numpy")
 
 
@@ -59,7 +59,10 @@ def test_process_default() -> None:
         ("torch", "(1, 1, 2, 2)"),
         ("auto", "(1, 1, 2, 2)"),
         ("cupy", "RuntimeError: backend 'cupy' cannot run roi_pool"),
-        ("numpy", "ValueError: the environment variable ROI_BACKEND must be one of auto, torch, cupy; got 'numpy'"),
+        (
+            "numpy",
+            "ROI_BACKEND must be one of auto, torch, cupy, torchvision; got 'numpy'",
+        ),
     ],
 )
 def test_environment_variable(value: str, outcome: str) -> None:
@@ -71,14 +74,78 @@ def test_environment_variable(value: str, outcome: str) -> None:
 
 def test_auto_falls_back_with_one_warning_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "cupy_problem", lambda device_type: "CuPy does not import (reason)")
-    with pytest.warns(UserWarning, match=r"roi_pool runs on the torch path.*CuPy does not import \(reason\)"):
+    monkeypatch.setattr(backend, "torchvision_problem", lambda device_type: "torchvision has no operators")
+    expected = r"roi_pool runs on the torch path.*CuPy does not import \(reason\); torchvision has no operators"
+    with pytest.warns(UserWarning, match=expected):
         output = backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
     assert torch.equal(output, EXPECTED)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
     assert roi.backend_info().cuda == "torch"
-    assert "reason" in str(roi.backend_info())
+    assert "(CuPy does not import (reason); torchvision has no operators)" in str(roi.backend_info())
+
+
+@pytest.mark.torchvision
+def test_torchvision_stands_in_for_cupy_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to see which path is chosen: torchvision's operators run on the CPU too."""
+    monkeypatch.setattr(backend, "cupy_problem", lambda device_type: "CuPy does not import (reason)")
+    monkeypatch.setattr(backend, "torchvision_problem", lambda device_type: None)
+    calls = count_calls(monkeypatch, "max_pool")
+    with pytest.warns(UserWarning, match=r"roi_pool runs on torchvision's CUDA operators.*does not import \(reason\)"):
+        output = backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
+    assert torch.equal(output, EXPECTED)
+    assert calls == ["max_pool"] * 2
+    assert str(roi.backend_info()).endswith("cpu -> torch; cuda -> torchvision (CuPy does not import (reason))")
+
+
+@pytest.mark.torchvision
+def test_torchvision_where_a_kernel_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pyramid of nine levels is more than the kernels take, and torchvision's operators take it."""
+    monkeypatch.setattr(backend, "cupy_problem", lambda device_type: None)
+    monkeypatch.setattr(backend, "torchvision_problem", lambda device_type: None)
+    calls = count_calls(monkeypatch, "max_pool")
+    pooling = Pooling((1.0,) * 9, 2, 2)
+    with pytest.warns(UserWarning, match="torchvision's CUDA operators.*at most 8 levels, got 9"):
+        output = backend.run("max_pool", "multiscale_roi_pool", CUDA, "auto", [INPUT] * 9, BOXES, pooling)
+    assert torch.equal(output, EXPECTED)
+    assert calls == ["max_pool"]
+
+
+@pytest.mark.torchvision
+def test_torchvision_as_the_default_of_the_process() -> None:
+    roi.set_default_backend("torchvision")
+    assert roi.backend_info().cpu == "torchvision"
+    assert torch.equal(roi_pool(INPUT, BOXES, 2), EXPECTED)
+
+
+def test_torchvision_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+    backend.torchvision_problem.cache_clear()
+    try:
+        with pytest.raises(
+            RuntimeError, match="backend 'torchvision' cannot run roi_pool: torchvision does not import"
+        ):
+            roi_pool(INPUT, BOXES, 2, backend="torchvision")
+    finally:
+        backend.torchvision_problem.cache_clear()
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, function: str) -> list[str]:
+    """The calls of a function of torchvision's path from now on."""
+    calls: list[str] = []
+    whole = getattr(torchvision_path, function)
+
+    def counted(*args: object) -> object:
+        calls.append(function)
+        return whole(*args)
+
+    monkeypatch.setattr(torchvision_path, function, counted)
+    return calls
 
 
 @pytest.mark.parametrize(
