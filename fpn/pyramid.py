@@ -1,6 +1,6 @@
 """Top-down pathway: Lin et al., Feature Pyramid Networks for Object Detection (2017), section 3 and figure 3."""
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -193,7 +193,7 @@ class FPN(nn.Module):
         levels = top_down(maps, self.lateral, self.smooth, self.upsample)
         return (*levels, *self.extra(maps[-1], levels[-1]))
 
-    def fuse(self) -> FPN:
+    def fuse(self) -> "FPN":
         """The inference form: the same outputs, within rounding, in less time and memory.
 
         Batch norm, plain or frozen, and the activation after it are put into the convolutions of a trunk of

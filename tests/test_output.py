@@ -58,14 +58,24 @@ ODD: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", ODD)
-def test_what_is_no_file_is_refused_and_stays(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "model.onnx"
+def test_what_is_no_file_is_refused_and_stays(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
     ODD[what](path)
     before = path.lstat()
     with pytest.raises(OSError, match=what):
         write(path, "new")
+    assert (path.lstat().st_mode, path.lstat().st_ino) == (before.st_mode, before.st_ino)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_nothing_is_exported_to_what_is_no_file(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "model.onnx"
+    ODD[what](path)
+    before = path.lstat()
     with pytest.raises(OSError, match=what):
         export_onnx(small_fpn("bilinear", fused=False), path)
     assert run_command(monkeypatch, "--model", "FPN18", "--export", path) == 2

@@ -17,6 +17,7 @@ CANDIDATE_BYTES = 24  # Candidate<Extent>
 def max_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     """RoI max pooling of each box from its level of a pyramid: Tensor[K, C, pooled_height, pooled_width]."""
     shape = Maps.of(maps)
+    launch.check_limits(shape, pooling)
     output = empty_pooled(maps[0], len(rois), shape, pooling)
     pool(maps, rois, pooling, output, output.new_empty(0, dtype=argmax_dtype(shape)))
     return output
@@ -28,6 +29,7 @@ def max_pool_with_argmax(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling)
     Of NaN the last; -1 where the bin is empty. An integer tensor of the output's shape and memory format.
     """
     shape = Maps.of(maps)
+    launch.check_limits(shape, pooling)
     output = empty_pooled(maps[0], len(rois), shape, pooling)
     argmax = empty_argmax(output, len(rois), shape, pooling).contiguous(memory_format=shape.layout)
     pool(maps, rois, pooling, output, argmax)
@@ -37,7 +39,6 @@ def max_pool_with_argmax(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling)
 def pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling, output: Tensor, argmax: Tensor) -> None:
     """Fills `output`, and `argmax` where it is not empty."""
     shape = Maps.of(maps)
-    launch.check_limits(shape, pooling)
     feature = launch.feature_type(maps[0].dtype)
     if output.numel() == 0:
         return
