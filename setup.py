@@ -44,7 +44,7 @@ setup(
         ],
         "lint": ["ruff", "mypy"],
     },
-    packages=["fpn", "fpn.detection", "roi", "roi.cupy_path", "roi.torch_path", "roi.kernels"],
+    packages=["fpn", "fpn.detection", "roi", "roi.cupy_path", "roi.torch_path", "roi.torchvision_path", "roi.kernels"],
     package_dir={"roi.kernels": "kernels"},
     package_data={
         "fpn": ["py.typed", "photos/*"],

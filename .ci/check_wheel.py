@@ -11,6 +11,7 @@ REQUIRED = {
     "roi/py.typed",
     "roi/cupy_path/__init__.py",
     "roi/torch_path/__init__.py",
+    "roi/torchvision_path/__init__.py",
     "roi/kernels/__init__.py",
     "roi/kernels/roi_common.cuh",
     "roi/kernels/roi_pool.cu",

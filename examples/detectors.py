@@ -34,9 +34,9 @@ def ours(seed: int, size: int) -> FasterRCNN:
     fpn = FPN18()
     # The top level's 3×3 convolution is the one thing that the default leaves out of torchvision's pyramid.
     fpn.load_state_dict(initial_pyramid(seed).state_dict(), strict=False)
-    detector = faster_rcnn(TorchvisionBackbone(fpn), seed, size)
-    detector.roi_heads.box_roi_pool = MultiScaleRoIAlign(POOLED, OUTPUT_SIZE, SAMPLING_RATIO)
-    return detector
+    backbone = TorchvisionBackbone(fpn)
+    pooler = MultiScaleRoIAlign(POOLED, OUTPUT_SIZE, SAMPLING_RATIO, spatial_scales=backbone.spatial_scales)
+    return faster_rcnn(backbone, pooler, seed, size)
 
 
 def torchvisions(seed: int, size: int) -> FasterRCNN:
@@ -45,7 +45,7 @@ def torchvisions(seed: int, size: int) -> FasterRCNN:
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
     )
     backbone.load_state_dict(export_state_dict(initial_pyramid(seed), "torchvision", prefix=""))
-    return faster_rcnn(backbone, seed, size)
+    return faster_rcnn(backbone, ops.MultiScaleRoIAlign(POOLED, OUTPUT_SIZE, SAMPLING_RATIO), seed, size)
 
 
 BUILDERS = {"fpn-roi": ours, "torchvision": torchvisions}
@@ -57,8 +57,8 @@ def initial_pyramid(seed: int) -> FPN:
     return FPN18(upsample="nearest", smooth_top=True, extra="maxpool")
 
 
-def faster_rcnn(backbone: nn.Module, seed: int, size: int) -> FasterRCNN:
-    """All but the backbone, with torchvision's pooler. There is less of everything than for photos of 800 pixels."""
+def faster_rcnn(backbone: nn.Module, pooler: ops.MultiScaleRoIAlign, seed: int, size: int) -> FasterRCNN:
+    """All but the backbone and the pooler. There is less of everything than for photos of 800 pixels."""
     torch.manual_seed(seed)
     return FasterRCNN(
         backbone,
@@ -70,7 +70,7 @@ def faster_rcnn(backbone: nn.Module, seed: int, size: int) -> FasterRCNN:
         rpn_pre_nms_top_n_test=200,
         rpn_post_nms_top_n_test=100,
         rpn_batch_size_per_image=128,
-        box_roi_pool=ops.MultiScaleRoIAlign(POOLED, OUTPUT_SIZE, SAMPLING_RATIO),
+        box_roi_pool=pooler,
         box_head=TwoMLPHead(FPN_CHANNELS * OUTPUT_SIZE**2, HIDDEN),
         box_predictor=FastRCNNPredictor(HIDDEN, len(CLASSES)),
         box_batch_size_per_image=64,

@@ -113,7 +113,7 @@ class _MultiScale(Base):
     __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
-        return f"featmap_names={list(self.featmap_names)}, output_size={self.output_size}"
+        return f"featmap_names={self.featmap_names}, output_size={self.output_size}"
 
 
 class MultiScaleRoIAlign(_MultiScale):
