@@ -3,9 +3,13 @@
 A top-level `kernels` package in site-packages would overwrite Hugging Face's library of that name.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+HERE = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (HERE / "fpn" / "__init__.py").read_text(encoding="utf-8"), re.M)
 
 # NVRTC and the runtime headers come as wheels, so that no CUDA toolkit has to be installed on the machine.
 CUDA12 = ["cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"]
@@ -16,9 +20,9 @@ ONNX = ["onnx", "onnxscript", "onnxruntime"]
 
 setup(
     name="fpn-roi",
-    version="0.1.0",
+    version=VERSION,
     description="ResNet-FPN backbones and RoI operators for PyTorch detectors, with no compiled extension",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
     license_files=["LICENSE"],
@@ -44,10 +48,22 @@ setup(
         ],
         "lint": ["ruff", "mypy"],
     },
-    packages=["fpn", "fpn.detection", "roi", "roi.cupy_path", "roi.torch_path", "roi.torchvision_path", "roi.kernels"],
+    packages=[
+        "fpn",
+        "fpn.checkpoints",
+        "fpn.demo",
+        "fpn.detection",
+        "fpn.inference",
+        "roi",
+        "roi.cupy_path",
+        "roi.torch_path",
+        "roi.torchvision_path",
+        "roi.kernels",
+    ],
     package_dir={"roi.kernels": "kernels"},
     package_data={
-        "fpn": ["py.typed", "photos/*"],
+        "fpn": ["py.typed"],
+        "fpn.demo": ["photos/*"],
         "roi": ["py.typed"],
         "roi.kernels": ["*.cu", "*.cuh"],
     },

@@ -7,7 +7,7 @@ REQUIRED = {
     "fpn/__main__.py",
     "fpn/detection/__init__.py",
     "fpn/py.typed",
-    "fpn/photos/astronaut.jpg",
+    "fpn/demo/photos/astronaut.jpg",
     "roi/py.typed",
     "roi/cupy_path/__init__.py",
     "roi/torch_path/__init__.py",

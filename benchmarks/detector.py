@@ -31,8 +31,8 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from benchmarks.harness import describe, environment, interleaved, ratio, table, write_json
+from fpn.demo.photo import DEFAULT_PHOTO
 from fpn.detection import accelerate
-from fpn.photo import DEFAULT_PHOTO
 from tests.reference.comparison import unmatched
 from tests.reference.random_weights import randomise
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from fpn.output import written_whole
+from fpn._output import written_whole
 
 WEIGHT_DECAY = 1e-4
 WARM_UP = 0.1  # of the steps; then a cosine to zero

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from fpn.output import written_whole
+from fpn._output import written_whole
 from fpn.pyramid import FPN
 
 

@@ -2,97 +2,26 @@
 
 # Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from fpn.caller import refuse_bare_use
-from fpn.changes import Changes
-from fpn.freezing import freeze
-from fpn.fuse import fuse
-from fpn.fused_conv import FusedConv2d
-from fpn.maps import as_maps
-from fpn.norm import NormLayer, resolve_norm_layer
-from fpn.recognition import all_is_watched, is_watched
-from fpn.resnet import ResNet, build
-from fpn.weights import Report, load_weights
+from fpn._caller import refuse_bare_use
+from fpn._changes import Changes
+from fpn._maps import announced, announced_layout, as_maps
+from fpn._recognition import all_is_watched, is_watched
+from fpn.checkpoints.matching import Report
+from fpn.inference.fuse import fuse
+from fpn.inference.fused_conv import FusedConv2d
+from fpn.levels import EXTRA_LEVELS, ExtraFactory, make_conv
+from fpn.norm import NormLayer
 
 UPSAMPLE: dict[str, dict[str, Any]] = {
     "bilinear": {"mode": "bilinear", "align_corners": False},
     "nearest": {"mode": "nearest"},
-}
-
-
-class ExtraLevels(nn.Module):
-    """Levels above the coarsest lateral; in this base class none.
-
-    Args:
-        c5_channels: channels of C5, the coarsest map of the bottom-up pathway.
-        out_channels: channels of P5 and of the levels made here.
-    """
-
-    strides: tuple[int, ...] = ()  # in cells of P5
-
-    def __init__(self, c5_channels: int, out_channels: int) -> None:
-        super().__init__()
-
-    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
-        return []
-
-
-class MaxPoolLevel(ExtraLevels):
-    """P6 as every second cell of P5 (Lin et al. 2017, footnote in section 4.1)."""
-
-    strides = (2,)
-
-    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
-        return [F.max_pool2d(p5, kernel_size=1, stride=2)]
-
-
-class P6P7(ExtraLevels):
-    """P6 and P7 by 3×3 convolutions of stride 2 (Lin et al., Focal Loss, 2017, sec. 4).
-
-    Args:
-        c5_channels, out_channels: as `ExtraLevels`.
-        on_p5: P6 is made from P5, as in torchvision's first RetinaNet, and not from C5.
-        relu: whether a ReLU stands between P6 and P7. In mmdetection it does only with `relu_before_extra_convs`.
-        norm_layer: after both convolutions, as in mmdetection's necks with norm.
-    """
-
-    strides = (2, 4)
-
-    def __init__(
-        self,
-        c5_channels: int,
-        out_channels: int,
-        *,
-        on_p5: bool = False,
-        relu: bool = True,
-        norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
-    ) -> None:
-        super().__init__(c5_channels, out_channels)
-        self.on_p5 = on_p5
-        self.relu = relu
-        self.p6 = make_conv(out_channels if on_p5 else c5_channels, out_channels, 3, stride=2, norm_layer=norm_layer)
-        self.p7 = make_conv(out_channels, out_channels, 3, stride=2, norm_layer=norm_layer)
-
-    def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
-        p6 = self.p6(p5 if self.on_p5 else c5)
-        return [p6, self.p7(F.relu(p6) if self.relu else p6)]
-
-
-ExtraFactory = Callable[[int, int], ExtraLevels]  # channels of C5, channels of the pyramid
-
-EXTRA_LEVELS: dict[str | None, ExtraFactory] = {
-    None: ExtraLevels,
-    "maxpool": MaxPoolLevel,
-    "p6p7": P6P7,
-    "p6p7_on_p5": partial(P6P7, on_p5=True),
 }
 
 
@@ -208,11 +137,12 @@ class FPN(nn.Module):
         its own, a parametrization or pruning. Such parts are named, with the reason, in the new model's `fusion.left`,
         which is also logged, at level WARNING where there are any.
 
-        On the CPU 3×3 convolutions of many channels are computed by Winograd's algorithm (`fpn.winograd`), and float16
-        and bfloat16 in float32, rounded after each convolution, where the processor has no arithmetic for them. Each
-        convolution keeps its weights also in the forms in which they are used, for Winograd's algorithm four times as
-        large: some 220 MB for an `FPN50`. What is not finite may spread to outputs four cells away, and a ReLU
-        may give 0 for NaN. None of this is done where a gradient is recorded, or in what is traced or compiled.
+        On the CPU 3×3 convolutions of many channels are computed by Winograd's algorithm (`fpn/inference/winograd.py`).
+        float16 and bfloat16 are computed in float32 and rounded after each convolution, where the processor has no
+        arithmetic for them. Each convolution keeps its weights also in the forms in which they are used, for Winograd's
+        algorithm four times as large: some 220 MB for an `FPN50`. A value that is not finite may spread to outputs four
+        cells away, and a ReLU may give 0 for NaN. None of this is done where a gradient is recorded, or in what is
+        traced or compiled.
 
         Returns:
             A new model in eval mode that takes no gradient for its weights; this one is as it was, and it is this
@@ -222,7 +152,9 @@ class FPN(nn.Module):
             ValueError: the model, or a batch norm in it, is in training mode.
             RuntimeError: something that is in the model cannot be copied.
         """
-        return fuse(self)
+        fused, changes = fuse(self, FPN)
+        fused.fusion = changes
+        return fused
 
 
 def top_down(
@@ -250,93 +182,3 @@ def add_lateral(upsampled: Tensor, lateral: nn.Module, c: Tensor) -> Tensor:
     if type(lateral) is FusedConv2d and lateral.activation is None and not is_watched(lateral):
         return cast(Tensor, lateral(c, upsampled, not all_is_watched()))
     return upsampled.add_(lateral(c))
-
-
-def make_conv(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
-) -> nn.Module:
-    """A "same" convolution, LeCun-uniform as torchvision's and detectron2's necks, and its norm if there is one."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=norm_layer is None)
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    if norm_layer is None:
-        return conv
-    return nn.Sequential(conv, resolve_norm_layer(norm_layer)(out_channels))
-
-
-def announced(bottom_up: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channels and strides that `bottom_up.feature_info` announces; empty where there is none."""
-    info: Any = getattr(bottom_up, "feature_info", [])
-    if hasattr(info, "channels"):  # timm's FeatureInfo: only the maps that were asked for
-        return tuple(info.channels()), tuple(info.reduction())
-    return tuple(level["num_chs"] for level in info), tuple(level["reduction"] for level in info)
-
-
-def announced_layout(bottom_up: nn.Module) -> str | None:
-    """ "NCHW" or "NHWC", as the attribute `output_fmt` of timm's models says; None where nobody says it."""
-    layout = getattr(bottom_up, "output_fmt", "NCHW" if isinstance(bottom_up, ResNet) else None)
-    return None if layout is None else str(getattr(layout, "value", layout))
-
-
-def build_fpn(
-    variant: str,
-    weights: str | Path | None,
-    *,
-    trainable_layers: int = 5,
-    trunk: Mapping[str, Any] | None = None,
-    **pyramid: Any,
-) -> FPN:
-    """An FPN over one of `fpn.resnet.VARIANTS`: built, loaded, then frozen. Arguments as `FPN50`."""
-    model = FPN(build(ResNet, variant, **(trunk or {})), **pyramid)
-    if weights is not None:
-        model.report = load_weights(model, weights, variant)
-    model.freezing = freeze(model.bottom_up, trainable_layers)
-    return model
-
-
-def FPN18(weights: str | Path | None = None, **options: Any) -> FPN:
-    """FPN over ResNet-18. Arguments as `FPN50`."""
-    return build_fpn("resnet18", weights, **options)
-
-
-def FPN34(weights: str | Path | None = None, **options: Any) -> FPN:
-    """FPN over ResNet-34. Arguments as `FPN50`."""
-    return build_fpn("resnet34", weights, **options)
-
-
-def FPN50(weights: str | Path | None = None, **options: Any) -> FPN:
-    """FPN over ResNet-50.
-
-    Args:
-        weights: None for random weights; a name of torchvision's for the trunk's ImageNet weights
-            ("IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT"); or the path of a checkpoint, of the trunk alone (a
-            classifier's `fc` is left out) or of the whole FPN.
-        trainable_layers: 0 to 5: how many of layer4, layer3, layer2, layer1 and the stem are trained, from the top.
-            The parameters and batch norm of the others are frozen, as torchvision's `trainable_backbone_layers`
-            says. Default 5.
-        trunk: options of `fpn.resnet.ResNet`, e.g. `{"norm_layer": FrozenBatchNorm2d, "stride_in_1x1": True}`.
-        out_channels, upsample, smooth_top, extra, norm_layer: options of `FPN`.
-
-    Returns:
-        The model, Tensor[N, 3, H, W] -> (P2, P3, P4, P5).
-
-    Raises:
-        ValueError: an option or a name is unknown, or the checkpoint does not fit (`fpn.weights.CheckpointError`).
-        OSError: the weights are not there and cannot be downloaded.
-    """
-    return build_fpn("resnet50", weights, **options)
-
-
-def FPN101(weights: str | Path | None = None, **options: Any) -> FPN:
-    """FPN over ResNet-101, (3, 4, 23, 3) blocks. Arguments as `FPN50`."""
-    return build_fpn("resnet101", weights, **options)
-
-
-def FPN152(weights: str | Path | None = None, **options: Any) -> FPN:
-    """FPN over ResNet-152. Arguments as `FPN50`."""
-    return build_fpn("resnet152", weights, **options)

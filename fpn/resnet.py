@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from fpn.changes import Changes
-from fpn.checkpointing import checkpointing_of, run_stage
+from fpn._changes import Changes
+from fpn._checkpointing import checkpointing_of, run_stage
 from fpn.norm import NormLayer, resolve_norm_layer
 
 STAGE_CHANNELS = (64, 128, 256, 512)  # before a block's expansion
@@ -158,6 +158,7 @@ class ResNet(nn.Module):
         ValueError: an option does not fit the block, or a list has the wrong length.
     """
 
+    output_fmt: ClassVar[str] = "NCHW"  # of the maps, as timm's models announce it
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module

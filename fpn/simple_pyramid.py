@@ -8,10 +8,10 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from fpn.caller import refuse_bare_use
-from fpn.maps import as_maps
+from fpn._caller import refuse_bare_use
+from fpn._maps import announced, announced_layout, as_maps
+from fpn.levels import EXTRA_LEVELS
 from fpn.norm import NormLayer, resolve_norm_layer
-from fpn.pyramid import EXTRA_LEVELS, announced, announced_layout
 
 
 class ChannelLayerNorm(nn.LayerNorm):

@@ -31,6 +31,8 @@ from roi.torch_path.memory import empty_cache  # noqa: E402
 if TYPE_CHECKING:
     from roi.poolers import MultiScaleRoIAlign, MultiScaleRoIPool
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MultiScaleRoIAlign",
     "MultiScaleRoIPool",
@@ -52,7 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The poolers, whose base class is torchvision's where that is installed: only who asks for them imports it."""
+    """What is imported on first use: the poolers, which import torchvision where it is installed, and `roi.onnx`."""
+    if name == "onnx":
+        return import_module("roi.onnx")
     if name in ("MultiScaleRoIAlign", "MultiScaleRoIPool"):
         value: object = getattr(import_module("roi.poolers"), name)
         globals()[name] = value

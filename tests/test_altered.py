@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from fpn import FPN
-from fpn.fused_conv import FusedConv2d
+from fpn.inference.fused_conv import FusedConv2d
 from fpn.resnet import BasicBlock, Bottleneck, ResNet
 from tests.reference.comparison import largest_relative_error, relative_error
 from tests.reference.random_weights import randomise
@@ -75,7 +75,7 @@ def test_activations(name: str, block: type[BasicBlock] | type[Bottleneck]) -> N
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_in_a_convolution(name: str, added: bool, size: int, dtype: torch.dtype) -> None:
     """By oneDNN, by Winograd's algorithm with 3, and with an addition before it."""
-    from fpn.activation import activation_of
+    from fpn.inference.activation import activation_of
 
     torch.manual_seed(0)
     activation = activation_of(ACTIVATIONS[name]())

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fpn
 from fpn import FPN, FPN18, FPN50, checkpoint, export_state_dict, from_checkpoint, resnet
+from fpn.levels import P6P7
 from fpn.norm import FrozenBatchNorm2d
-from fpn.pyramid import P6P7
 from fpn.resnet import BasicBlock, ResNetClassifier, build
 from fpn.weights import CheckpointError
 from tests import recipe
@@ -263,7 +263,7 @@ OWN: dict[str, Callable[[], FPN]] = {
     "levels": partial(FPN18, trunk={"returned_layers": (2, 3, 4)}),
     "frozen": partial(FPN50, trunk={"norm_layer": FrozenBatchNorm2d}),
     "partly frozen": partial(FPN18, trainable_layers=3),
-    "group norm": partial(FPN50, trunk={"norm_layer": nn.GroupNorm}, norm_layer=nn.GroupNorm, out_channels=96),
+    "group norm": partial(FPN50, norm_layer=nn.GroupNorm, neck_norm_layer=nn.GroupNorm, out_channels=96),
     "normed neck": partial(FPN18, norm_layer=nn.BatchNorm2d, extra=partial(P6P7, norm_layer=nn.BatchNorm2d)),
     "5 channels": partial(FPN18, trunk={"in_channels": 5}),
     "other blocks": lambda: FPN(resnet.ResNet(BasicBlock, (1, 3, 1, 2))),
@@ -361,7 +361,7 @@ def test_channel_order() -> None:
 def test_the_report_says_what_was_assumed(
     name: str, options: dict[str, Any], lines: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "fpn.checkpoint"):
+    with caplog.at_level(logging.INFO, "fpn.checkpoints.conversion"):
         from_checkpoint(reference_state(name), **options)
     assert all(line in caplog.text for line in lines), caplog.text
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fpn.files import CheckpointError, read_checkpoint, state_dict_in
+from fpn.checkpoints.files import CheckpointError, read_checkpoint, state_dict_in
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
 TENSOR = torch.from_numpy(ARRAY)

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import nn
 
 import fpn
-from fpn import __main__ as command
-from fpn import demo, draw
-from fpn.photo import DEFAULT_PHOTO, Photo, read_photo, to_tensor
+from fpn.demo import command, draw
+from fpn.demo import run as demo
+from fpn.demo.photo import DEFAULT_PHOTO, Photo, read_photo, to_tensor
 from roi import roi_pool
 
 REPOSITORY = Path(__file__).parent.parent

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import roi
 from fpn import FPN, FPN18, SimpleFeaturePyramid
+from fpn.demo.photo import DEFAULT_PHOTO
 from fpn.detection import Detectron2Backbone, ShapeSpec, TorchvisionBackbone, accelerate, torchvision_state_dict
-from fpn.fused_conv import FusedConv2d
+from fpn.inference.fused_conv import FusedConv2d
+from fpn.levels import ExtraLevels
 from fpn.norm import FrozenBatchNorm2d
-from fpn.photo import DEFAULT_PHOTO
-from fpn.pyramid import ExtraLevels
 from fpn.resnet import resnet18
 from tests.reference.comparison import relative_error, unmatched
 from tests.reference.random_weights import randomise

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from fpn import draw
+from fpn.demo import draw
 
 STRIDES = (4, 8, 16, 32)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fpn import FPN, FPN18, __main__
+from fpn import FPN, FPN18
+from fpn.demo import command
 from fpn.export import export_onnx, export_program
 from fpn.resnet import BasicBlock, ResNet
 from tests.reference.comparison import largest_relative_error, relative_error
@@ -22,8 +23,8 @@ from tests.reference.random_weights import randomise
 OPTIONS: dict[str, dict[str, Any]] = {
     "bilinear": {},
     "nearest": {"upsample": "nearest", "smooth_top": True, "extra": "maxpool"},
-    "p6p7": {"extra": "p6p7", "norm_layer": nn.BatchNorm2d},
-    "group norm": {"norm_layer": nn.GroupNorm, "trunk": {"norm_layer": nn.GroupNorm}},
+    "p6p7": {"extra": "p6p7", "neck_norm_layer": nn.BatchNorm2d},
+    "group norm": {"neck_norm_layer": nn.GroupNorm, "trunk": {"norm_layer": nn.GroupNorm}},
     "grey": {"trunk": {"in_channels": 1}},
 }
 FORMS = pytest.mark.parametrize("fused", [False, True], ids=["model", "fused"])
@@ -185,7 +186,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["fpn", *map(str, arguments)])
-    return __main__.main()
+    return command.main()
 
 
 @open_sizes

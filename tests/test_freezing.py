@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fpn
 from fpn import FPN18
+from fpn._freezing import freeze
 from fpn.export import export_onnx
-from fpn.freezing import freeze
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import BasicBlock, ResNet
 from fpn.weights import CheckpointError, transfer

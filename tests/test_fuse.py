@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from fpn import FPN, FPN18, FPN50, fused_conv
-from fpn.fused_conv import FusedConv2d
+from fpn.inference.fused_conv import FusedConv2d
 from fpn.norm import FrozenBatchNorm2d
 from tests.reference.comparison import largest_relative_error, relative_error
 from tests.reference.random_weights import randomise
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "frozen": {"trunk": {"norm_layer": FrozenBatchNorm2d}, "norm_layer": FrozenBatchNorm2d, "smooth_top": True},
-    "neck": {"norm_layer": nn.BatchNorm2d, "upsample": "nearest", "smooth_top": True, "extra": "maxpool"},
-    "sync": {"trunk": {"norm_layer": nn.SyncBatchNorm}, "norm_layer": nn.SyncBatchNorm, "extra": "p6p7"},
+    "frozen": {"trunk": {"norm_layer": FrozenBatchNorm2d}, "neck_norm_layer": FrozenBatchNorm2d, "smooth_top": True},
+    "neck": {"neck_norm_layer": nn.BatchNorm2d, "upsample": "nearest", "smooth_top": True, "extra": "maxpool"},
+    "sync": {"trunk": {"norm_layer": nn.SyncBatchNorm}, "neck_norm_layer": nn.SyncBatchNorm, "extra": "p6p7"},
     "partly frozen": {"trainable_layers": 2, "extra": "p6p7_on_p5"},
-    "group norm in the neck": {"norm_layer": nn.GroupNorm},
+    "group norm in the neck": {"neck_norm_layer": nn.GroupNorm},
     "group norm in the trunk": {"trunk": {"norm_layer": nn.GroupNorm}},
 }
 
@@ -203,7 +203,7 @@ def test_the_model_stays_as_it_was_and_its_checkpoint_loads_into_a_twin() -> Non
             parameter.zero_()
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    twin = FPN18(norm_layer=nn.BatchNorm2d, trainable_layers=3).eval()
+    twin = FPN18(neck_norm_layer=nn.BatchNorm2d, trainable_layers=3).eval()
     twin.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(twin(images), levels, strict=True))
     with pytest.raises(RuntimeError, match="Missing key"):

@@ -23,8 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "torchvision's": {"upsample": "nearest", "smooth_top": True, "extra": "maxpool"},
     "frozen, checkpointed": {"trunk": {"norm_layer": FrozenBatchNorm2d, "checkpoint_stages": (True,) * 4}},
-    "norm in the neck": {"norm_layer": nn.BatchNorm2d, "extra": "p6p7"},
-    "group norm": {"trunk": {"norm_layer": nn.GroupNorm}, "norm_layer": nn.GroupNorm, "extra": "p6p7_on_p5"},
+    "norm in the neck": {"neck_norm_layer": nn.BatchNorm2d, "extra": "p6p7"},
+    "group norm": {"trunk": {"norm_layer": nn.GroupNorm}, "neck_norm_layer": nn.GroupNorm, "extra": "p6p7_on_p5"},
     "some levels": {"trunk": {"returned_layers": (2, 4)}},
 }
 
@@ -116,7 +116,7 @@ def recorded_values(model: nn.Module, images: Tensor) -> dict[str, Any]:
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"trunk": {"norm_layer": FrozenBatchNorm2d}, "norm_layer": nn.BatchNorm2d, "extra": "p6p7"}],
+    [{}, {"trunk": {"norm_layer": FrozenBatchNorm2d}, "neck_norm_layer": nn.BatchNorm2d, "extra": "p6p7"}],
     ids=["plain", "frozen"],
 )
 def test_any_node_can_be_extracted(options: dict[str, Any], fused: bool) -> None:

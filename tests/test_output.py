@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fpn import __main__ as command
+from fpn._output import written_whole
+from fpn.demo import command
 from fpn.export import export_onnx
-from fpn.output import written_whole
 from tests.test_export import run_command, small_fpn
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links, FIFOs and modes as POSIX has them")

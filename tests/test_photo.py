@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fpn import photo
-from fpn.photo import DEFAULT_PHOTO, PhotoError, model_size, read_photo
+from fpn.demo import photo
+from fpn.demo.photo import DEFAULT_PHOTO, PhotoError, model_size, read_photo
 
 ORIENTATION = 0x0112
 RED, GREEN = (210, 40, 30), (30, 160, 60)

@@ -78,7 +78,7 @@ def test_the_papers_options_are_torchvisions_pyramid(extra: str, norm: type[nn.M
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
     torch.manual_seed(0)
-    ours = FPN18(out_channels=64, upsample="nearest", smooth_top=True, extra=extra, norm_layer=norm)
+    ours = FPN18(out_channels=64, upsample="nearest", smooth_top=True, extra=extra, neck_norm_layer=norm)
     randomise(ours)
     blocks = {
         "maxpool": LastLevelMaxPool(),
@@ -160,14 +160,14 @@ def test_every_parameter_takes_a_gradient(extra: str | None) -> None:
 
 def test_state_dict_round_trip() -> None:
     images = torch.randn(1, 3, 64, 64)
-    model = randomise(FPN18(extra="p6p7", norm_layer=nn.GroupNorm)).eval()
-    twin = FPN18(extra="p6p7", norm_layer=nn.GroupNorm).eval()
+    model = randomise(FPN18(extra="p6p7", neck_norm_layer=nn.GroupNorm)).eval()
+    twin = FPN18(extra="p6p7", neck_norm_layer=nn.GroupNorm).eval()
     twin.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model(images), twin(images), strict=True))
 
 
 def test_a_norm_layer_takes_the_place_of_the_biases() -> None:
-    model = FPN18(norm_layer=nn.BatchNorm2d, smooth_top=True)
+    model = FPN18(neck_norm_layer=nn.BatchNorm2d, smooth_top=True)
     convolutions = [m for neck in (model.lateral, model.smooth) for m in neck.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 8
     assert all(conv.bias is None for conv in convolutions)

@@ -4,15 +4,19 @@ import hashlib
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fpn import FPN18, FPN50, resnet, weights
+import fpn
+from fpn import FPN18, FPN50, resnet
+from fpn.checkpoints import imagenet
+from fpn.checkpoints.matching import match_by_name
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import ResNetClassifier, build
-from fpn.weights import CheckpointError, freeze, load_weights, match, parameter_groups, read_checkpoint, transfer
+from fpn.weights import CheckpointError, freeze, load_weights, read_checkpoint, transfer
 from tests.reference.random_weights import randomise
 
 State = dict[str, Tensor]
@@ -63,7 +67,7 @@ def test_by_order_the_first_318_entries_are_the_trunk(counters: bool) -> None:
     if not counters:
         checkpoint = {k: v for k, v in checkpoint.items() if not k.endswith("num_batches_tracked")}
     trunk = resnet.resnet50()
-    report = transfer(trunk, checkpoint)
+    report = transfer(trunk, checkpoint, by="order")
     assert report.by == "order"
     assert len(report.matched) == (318 if counters else 318 - 53)
     assert report.unexpected == ("toplayer.weight", "latlayer1.weight")
@@ -76,7 +80,9 @@ def test_by_order_where_only_some_names_differ() -> None:
     state = {k: v for k, v in classifier_state().items() if not k.startswith("fc.")}
     checkpoint = {k.replace("downsample", "shortcut"): v for k, v in state.items()}
     trunk = resnet.resnet18()
-    assert transfer(trunk, checkpoint).by == "order"
+    with pytest.raises(CheckpointError, match=r"fit by order: transfer\(module, checkpoint, by='order'\)"):
+        transfer(trunk, checkpoint)
+    assert transfer(trunk, checkpoint, by="order").by == "order"
     assert equal_states(trunk, state)
 
 
@@ -101,8 +107,11 @@ def test_order_is_not_trusted_against_roles_names_or_shapes(first: str, second: 
     swapped = {k.replace("downsample", "shortcut"): v for k, v in swap(state, first, second).items()}
     trunk = resnet.resnet18()
     before = snapshot(trunk)
-    with pytest.raises(CheckpointError, match=r"by name.*missing: layer2\.0\.downsample\.0\.weight"):
+    with pytest.raises(CheckpointError, match=r"does not fit ResNet by order"):
+        transfer(trunk, swapped, by="order")
+    with pytest.raises(CheckpointError, match=r"by name.*missing: layer2\.0\.downsample\.0\.weight") as caught:
         transfer(trunk, swapped)
+    assert "fit by order" not in str(caught.value)
     assert equal_states(trunk, before)
 
 
@@ -142,15 +151,15 @@ def test_half_precision_entries_are_widened() -> None:
 
 def test_frozen_batch_norm_takes_a_batch_norm_checkpoint_by_name_and_by_order() -> None:
     state = {k: v for k, v in classifier_state().items() if not k.startswith("fc.")}
-    for checkpoint in (state, renamed(state)):
+    for by, checkpoint in (("name", state), ("order", renamed(state))):
         trunk = resnet.resnet18(norm_layer=FrozenBatchNorm2d)
-        assert transfer(trunk, checkpoint).complete
+        assert transfer(trunk, checkpoint, by=by).complete
         assert all(torch.equal(v, state[k]) for k, v in trunk.state_dict().items())
 
 
 def test_report_counts_everything() -> None:
     model = {name: torch.zeros(2) for name in ("a", "b", "c")}
-    report = match(model, {"a": torch.zeros(2), "b": torch.zeros(3), "z": torch.zeros(1)})
+    report = match_by_name(model, {"a": torch.zeros(2), "b": torch.zeros(3), "z": torch.zeros(1)})
     assert not report.complete
     assert str(report) == (
         "1 of 3 entries matched by name; 1 missing: c; 1 unexpected: z; 1 of another shape: b is (2,), given (3,)"
@@ -208,10 +217,54 @@ def test_fpn_loads_a_path(tmp_path: Path, scope: str) -> None:
     assert equal_states(model if scope == "whole" else model.bottom_up, dict(saved.state_dict()))
 
 
-def test_entries_beyond_the_model_are_warned_about(tmp_path: Path) -> None:
+def test_entries_beside_the_trunk_are_warned_about_at_the_callers_line(tmp_path: Path) -> None:
     torch.save(classifier_state() | {"rpn.weight": torch.zeros(2)}, tmp_path / "c.pth")
-    with pytest.warns(UserWarning, match=r"unexpected: fc\.weight, fc\.bias, rpn\.weight"):
+    with pytest.warns(UserWarning, match=r"not of the trunk, and were not loaded: rpn\.weight") as caught:
         FPN18(weights=tmp_path / "c.pth")
+    assert caught[0].filename == __file__
+
+
+def test_a_state_dict_is_taken_as_a_file_is() -> None:
+    state = classifier_state()
+    model = FPN18(weights=state)
+    assert equal_states(model.bottom_up, {k: v for k, v in state.items() if not k.startswith("fc.")})
+    assert str(model.report).endswith("from a classifier (torchvision, timm)")
+
+
+PAPERS = {"upsample": "nearest", "smooth_top": True, "extra": "maxpool"}
+
+
+@pytest.mark.parametrize("naming", ["torchvision", "detectron2"])
+def test_a_detectors_checkpoint_fills_the_whole_pyramid(naming: str) -> None:
+    torch.manual_seed(3)
+    source = randomise(FPN18(**PAPERS))
+    checkpoint = fpn.export_state_dict(source, naming) | {"rpn.head.conv.weight": torch.zeros(2)}
+    model = FPN18(weights=checkpoint, **PAPERS)
+    assert equal_states(model, dict(source.state_dict()))
+    assert model.report.unexpected == ("rpn.head.conv.weight",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"unexpected: backbone\.fpn\.layer_blocks\.3.*fpn\.from_checkpoint builds"),
+        (PAPERS | {"extra": "p6p7"}, r"missing: backbone\.fpn\.extra_blocks\.p6\.weight.*fpn\.from_checkpoint builds"),
+    ],
+    ids=["default pyramid", "RetinaNet"],
+)
+def test_a_model_that_would_keep_random_levels_is_refused(options: dict[str, Any], message: str) -> None:
+    checkpoint = fpn.export_state_dict(FPN18(**PAPERS), "torchvision")
+    with pytest.raises(CheckpointError, match=message):
+        FPN18(weights=checkpoint, **options)
+
+
+def test_options_that_no_entry_tells_are_compared_with_the_sources(recwarn: pytest.WarningsRecorder) -> None:
+    source = FPN50(**PAPERS, norm_layer=FrozenBatchNorm2d, trunk={"stride_in_1x1": True})
+    checkpoint = fpn.export_state_dict(source, "detectron2")
+    FPN50(weights=checkpoint, **PAPERS, norm_layer=FrozenBatchNorm2d, trunk={"stride_in_1x1": True})
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"detectron2, whose .* stride_in_1x1=True \(here False\), upsample='nearest'"):
+        FPN50(weights=checkpoint, **PAPERS | {"upsample": "bilinear"}, norm_layer=FrozenBatchNorm2d)
 
 
 @pytest.fixture
@@ -223,8 +276,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, State
     torch.save(state, folder / "file")
     digest = hashlib.sha256((folder / "file").read_bytes()).hexdigest()[:8]
     path = (folder / "file").rename(folder / f"resnet18-{digest}.pth")
-    monkeypatch.setattr(weights, "IMAGENET_URL", folder.as_uri() + "/")
-    monkeypatch.setitem(weights.IMAGENET_FILES, "resnet18", {"IMAGENET1K_V1": path.name})
+    monkeypatch.setattr(imagenet, "IMAGENET_URL", folder.as_uri() + "/")
+    monkeypatch.setitem(imagenet.IMAGENET_FILES, "resnet18", {"IMAGENET1K_V1": path.name})
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     return path, state
 
@@ -274,7 +327,7 @@ def test_names_and_files_are_torchvisions(variant: str) -> None:
     from torchvision.models import get_model_weights
 
     theirs = get_model_weights(variant)
-    ours = {name: weights.IMAGENET_URL + file for name, file in weights.IMAGENET_FILES[variant].items()}
+    ours = {name: imagenet.IMAGENET_URL + file for name, file in imagenet.IMAGENET_FILES[variant].items()}
     assert ours == {member.name: member.url for member in theirs}
     assert max(ours) == theirs.DEFAULT.name
 
@@ -320,20 +373,11 @@ def test_frozen_stages_compute_what_they_did_in_eval_mode() -> None:
         assert torch.equal(ours, reference)
 
 
-def test_parameter_groups() -> None:
-    model = FPN18(trainable_layers=2)
-    trunk_group, rest = parameter_groups(model, model.bottom_up, lr=0.02, trunk_lr=0.002)
-    assert (trunk_group["lr"], rest["lr"]) == (0.002, 0.02)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(p)].split(".")[1] for p in trunk_group["params"]} == {"layer3", "layer4"}
-    assert {names[id(p)].split(".")[0] for p in rest["params"]} == {"lateral", "smooth"}
-    assert len(trunk_group["params"]) + len(rest["params"]) == sum(p.requires_grad for p in model.parameters())
-    torch.optim.SGD([trunk_group, rest], lr=1.0)
-
-
 def test_load_weights_returns_the_report(tmp_path: Path) -> None:
     torch.save(classifier_state("resnet50"), tmp_path / "c.pth")
     model = FPN50()
     report = load_weights(model, tmp_path / "c.pth", "resnet50")
     assert len(report.matched) == 318
-    assert str(report) == "318 of 318 entries matched by name; 2 unexpected: fc.weight, fc.bias"
+    assert str(report) == (
+        "318 of 318 entries matched by name; 2 unexpected: fc.weight, fc.bias; from a classifier (torchvision, timm)"
+    )

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fpn import winograd
-from fpn.activation import RELU
-from fpn.fused_conv import FusedConv2d, one_pass_works
+from fpn.inference import winograd
+from fpn.inference.activation import RELU
+from fpn.inference.fused_conv import FusedConv2d, one_pass_works
 from tests.reference.comparison import relative_error
 
 # The transforms, with factors of up to 8, cost some bits: by norm, four times the error of the plain sum, 6e-7.
@@ -175,7 +175,7 @@ def test_half_precision_is_computed_in_float32_where_the_processor_has_no_other(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounded once, at the end: to the numbers nearest to the exact ones, but for float32's own rounding."""
-    monkeypatch.setattr("fpn.fused_conv.working_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr("fpn.inference.fused_conv.working_dtype", lambda dtype: torch.float32)
     conv, x = problem(2, 128, 128, 20, 20)
     conv, x = conv.to(dtype), x.to(dtype)
     fused = FusedConv2d(conv, activation=RELU)

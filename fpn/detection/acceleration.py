@@ -9,14 +9,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fpn.changes import Changes
-from fpn.checkpoint import export_state_dict
+from fpn._changes import Changes
+from fpn._recognition import class_name, obstacle
+from fpn.checkpoints.export import export_state_dict
 from fpn.detection.adapters import TorchvisionBackbone
 from fpn.detection.backbone import AcceleratedBackbone
 from fpn.detection.box_head import FusedTwoMLPHead
-from fpn.fused_conv import FusedConv2d
+from fpn.inference.fused_conv import FusedConv2d
 from fpn.pyramid import FPN
-from fpn.recognition import class_name, obstacle
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn.pyramid import FPN, MaxPoolLevel
+from fpn.levels import MaxPoolLevel
+from fpn.pyramid import FPN
 from fpn.simple_pyramid import SimpleFeaturePyramid
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpn.changes import Changes
+from fpn._changes import Changes
+from fpn._recognition import is_sequence
 from fpn.detection.adapters import level_names, scales_of
 from fpn.pyramid import FPN, top_down
-from fpn.recognition import is_sequence
 
 
 class TorchvisionNeck(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn.fused_conv import LOAD_BEFORE_FUSING, note_once
+from fpn.inference.fused_conv import LOAD_BEFORE_FUSING, note_once
 
 
 class FusedTwoMLPHead(nn.Module):

@@ -13,10 +13,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from fpn._recognition import class_name, obstacle
 from fpn.detection.backbone import AcceleratedBackbone
+from fpn.levels import P6P7
 from fpn.norm import FrozenBatchNorm2d
-from fpn.pyramid import FPN, P6P7
-from fpn.recognition import class_name, obstacle
+from fpn.pyramid import FPN
 from fpn.resnet import BasicBlock, Block, Bottleneck, ResNet
 from roi import MultiScaleRoIAlign, MultiScaleRoIPool
 

@@ -15,10 +15,10 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import Conv2dNormActivation
 
+from fpn._recognition import class_name, is_untouched
 from fpn.detection.box_head import FusedTwoMLPHead
 from fpn.detection.conversion import check_untouched
-from fpn.fuse import Fuser, children_of
-from fpn.recognition import class_name, is_untouched
+from fpn.inference.fuse import Fuser, children_of
 from roi import MultiScaleRoIAlign
 
 CONV_HEADS: tuple[type[nn.Module], ...] = (

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from fpn import FPN, resnet
-from fpn.freezing import freeze
-from fpn.fuse import FusedBlock, FusedStage, copied
-from fpn.fused_conv import FusedConv2d
+from fpn._freezing import freeze
+from fpn.inference.fuse import FusedBlock, FusedStage, copied
+from fpn.inference.fused_conv import FusedConv2d
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import BasicBlock, Bottleneck, ResNet
 from tests.reference.comparison import relative_error

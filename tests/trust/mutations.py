@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fpn.photo import DEFAULT_PHOTO
+from fpn.demo.photo import DEFAULT_PHOTO
 from tests.trust.calls import small_fpn
 
 CHECKPOINTS = ("zip", "legacy", "pickle", "pickle 0", "safetensors")

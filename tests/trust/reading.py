@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 import fpn
-from fpn.files import CheckpointError, read_checkpoint
-from fpn.photo import PhotoError, read_photo
+from fpn.checkpoints.files import CheckpointError, read_checkpoint
+from fpn.demo.photo import PhotoError, read_photo
 from fpn.weights import transfer
 from tests.reference.process_memory import reset_peak_resident, resident
 from tests.trust.mutations import model, mutated
 
-PHOTO_BYTES = 1.2e9  # of what `fpn.photo.MAX_PIXELS` allows, decoded
+PHOTO_BYTES = 1.2e9  # of what `fpn.demo.photo.MAX_PIXELS` allows, decoded
 ADDRESSES = 3 * 2**30  # bytes that may be asked for at once; beyond it a MemoryError, not the end of the machine
 CHECKPOINT_BYTES = 100e6  # and a few times the file
 

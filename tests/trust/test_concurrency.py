@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import roi
-from fpn.files import read_checkpoint
-from fpn.photo import DEFAULT_PHOTO, read_photo
+from fpn.checkpoints.files import read_checkpoint
+from fpn.demo.photo import DEFAULT_PHOTO, read_photo
 from tests.conftest import ALL_TRUST_CASES
 from tests.reference.comparison import same_bits
 from tests.trust.calls import OPERATORS, forward_and_backward

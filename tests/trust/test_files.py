@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fpn.photo import DEFAULT_PHOTO
+from fpn.demo.photo import DEFAULT_PHOTO
 from tests.trust.conftest import Amounts
 
 pytestmark = [

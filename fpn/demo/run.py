@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fpn.photo import Photo, to_tensor
+from fpn.demo.photo import Photo, to_tensor
 from fpn.pyramid import FPN
 from roi import roi_pool
 

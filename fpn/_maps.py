@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 
 def as_maps(output: Any, channels: Sequence[int], layout: str | None) -> list[Tensor]:
@@ -53,3 +53,17 @@ def in_nchw(maps: list[Tensor], channels: tuple[int, ...], layout: str | None) -
 
 
 fx.wrap("in_nchw")
+
+
+def announced(bottom_up: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and strides that `bottom_up.feature_info` announces; empty where there is none."""
+    info: Any = getattr(bottom_up, "feature_info", [])
+    if hasattr(info, "channels"):  # timm's FeatureInfo: only the maps that were asked for
+        return tuple(info.channels()), tuple(info.reduction())
+    return tuple(level["num_chs"] for level in info), tuple(level["reduction"] for level in info)
+
+
+def announced_layout(bottom_up: nn.Module) -> str | None:
+    """ "NCHW" or "NHWC", as the attribute `output_fmt` of timm's models says; None where nobody says it."""
+    layout = getattr(bottom_up, "output_fmt", None)
+    return None if layout is None else str(getattr(layout, "value", layout))

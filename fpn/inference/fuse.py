@@ -6,16 +6,14 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fpn.activation import activation_of
-from fpn.changes import Changes
-from fpn.fused_conv import FusedConv2d
-from fpn.recognition import (
+from fpn._changes import Changes
+from fpn._recognition import (
     all_is_watched,
     class_name,
     conv_obstacle,
@@ -29,19 +27,27 @@ from fpn.recognition import (
     own_method,
     plain_activation,
 )
+from fpn.inference.activation import activation_of
+from fpn.inference.fused_conv import FusedConv2d
+from fpn.inference.tracing import is_recorded, is_traced
+from fpn.levels import P6P7
 from fpn.resnet import BasicBlock, Bottleneck, ResNet
-from fpn.tracing import is_recorded, is_traced
-
-if TYPE_CHECKING:
-    from fpn.pyramid import FPN
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: FPN) -> FPN:
-    """`FPN.fuse`."""
+def fuse(model: Model, kind: type[nn.Module]) -> tuple[Model, Changes]:
+    """`FPN.fuse`.
+
+    Args:
+        model: the pyramid.
+        kind: `FPN`, whose forward pass the model has to have.
+
+    Returns:
+        The inference form, in eval mode, and what was fused and what was left.
+    """
     training = [
         name or "the model"
         for name, module in model.named_modules()
@@ -51,14 +57,15 @@ def fuse(model: FPN) -> FPN:
         raise ValueError(f"fuse() needs eval mode, and {training[0]} is in training mode; call eval() first")
     fused = copied(model).requires_grad_(False).to(memory_format=torch.contiguous_format)
     fuser = Fuser()
-    fuser.fuse_trunk(fused.bottom_up, "bottom_up")
-    fuser.fuse_pyramid(fused)
-    fused_stem = type(getattr(fused.bottom_up, "conv1", None)) is FusedConv2d
-    if not fused_stem and to_channels_last not in fused.bottom_up._forward_pre_hooks.values():
-        fused.bottom_up.register_forward_pre_hook(to_channels_last)
-    fused.fusion = Changes(fuser.replaced, fuser.left)
-    logger.log(logging.WARNING if fuser.left else logging.INFO, "%s", fused.fusion)
-    return fused.eval()
+    trunk = fused.get_submodule("bottom_up")
+    fuser.fuse_trunk(trunk, "bottom_up")
+    fuser.fuse_pyramid(fused, kind)
+    fused_stem = type(getattr(trunk, "conv1", None)) is FusedConv2d
+    if not fused_stem and to_channels_last not in trunk._forward_pre_hooks.values():
+        trunk.register_forward_pre_hook(to_channels_last)
+    changes = Changes(fuser.replaced, fuser.left)
+    logger.log(logging.WARNING if fuser.left else logging.INFO, "%s", changes)
+    return fused.eval(), changes
 
 
 def to_channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -122,12 +129,10 @@ class Fuser:
         for key in ("layer1", "layer2", "layer3", "layer4"):
             setattr(trunk, key, self.fuse_stage(trunk.get_submodule(key), f"{name}.{key}"))
 
-    def fuse_pyramid(self, model: FPN) -> None:
+    def fuse_pyramid(self, model: nn.Module, kind: type[nn.Module]) -> None:
         """The lateral and smoothing convolutions, and those of P6 and P7, in their places."""
-        from fpn.pyramid import FPN, P6P7  # which imports this module
-
-        if not computes_as(model, FPN):
-            self.left["the pyramid"] = f"it is {class_name(model)}, which does not compute as fpn.FPN"
+        if not computes_as(model, kind):
+            self.left["the pyramid"] = f"it is {class_name(model)}, which does not compute as fpn.{kind.__name__}"
             return
         for name in ("lateral", "smooth"):
             layers = children_of(model.get_submodule(name))

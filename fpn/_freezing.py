@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fpn.changes import Changes
+from fpn._changes import Changes
+from fpn._recognition import COUNTER, STATISTICS, is_frozen_batch_norm, norm_obstacle
 from fpn.norm import FrozenBatchNorm2d
-from fpn.recognition import COUNTER, STATISTICS, is_frozen_batch_norm, norm_obstacle
 
 logger = logging.getLogger(__name__)
 

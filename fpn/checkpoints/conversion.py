@@ -1,0 +1,142 @@
+"""The FPN that a checkpoint describes, built and loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fpn._freezing import freeze_norms
+from fpn.checkpoints.description import Extra, describe_pyramid, describe_trunk
+from fpn.checkpoints.files import CheckpointError, read_checkpoint, state_dict_in
+from fpn.checkpoints.matching import COUNTER, Report
+from fpn.checkpoints.recognition import match_all, statistics_folded_in, the_one_naming
+from fpn.checkpoints.transfer import load_matched
+from fpn.levels import P6P7
+from fpn.pyramid import FPN
+from fpn.resnet import ResNet
+
+logger = logging.getLogger(__name__)
+
+NORM_EPS = 1e-5
+# torchvision trained these with eps 0 and sets it when it loads them.
+NORM_EPS_0 = (
+    "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
+    "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
+    "retinanet_resnet50_fpn_coco-eeacb38b.pth",
+)
+
+
+def from_checkpoint(
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    stride_in_1x1: bool | None = None,
+    channel_order: Literal["rgb", "bgr"] | None = None,
+    upsample: Literal["bilinear", "nearest"] | None = None,
+    extra: Extra | Literal["auto"] = "auto",
+    norm_eps: float | None = None,
+) -> FPN:
+    """The FPN that a checkpoint describes, built and loaded strictly, in train mode as any new module.
+
+    The source is recognised by its names: torchvision's detectors, detectron2's, mmdetection's, kuangliu/pytorch-fpn,
+    plain ResNet classifiers (torchvision's, timm's, detectron2's ImageNet files) and our own state dicts, with any
+    prefix. Blocks, widths, groups, levels, channels and the kind of norm are read off names and shapes. Of a partly
+    frozen model the frozen batch norm is frozen again; all parameters take a gradient (see `fpn.weights.freeze`).
+    Entries of a detector's heads are left out; a classifier has no pyramid, and gets `FPN`'s default with random
+    weights.
+
+    Some of a model is in no name and no shape. For that there are the arguments; what was assumed is in `model.report`
+    and logged at level INFO.
+
+    Args:
+        checkpoint: the path of a `.pth`, `.pkl` or `.safetensors` file (`fpn.weights.read_checkpoint`), or what such a
+            file holds: a mapping of names to tensors or arrays, or one that has it under "state_dict" or "model".
+        stride_in_1x1: whether bottlenecks have their stride in the 1×1 convolution. Default: True for detectron2's with
+            frozen batch norm and no groups (the MSRA models), else False; mmdetection's `style="caffe"` needs True.
+        channel_order: in which order you will give the images' channels. Default: as the source takes them, and the
+            weights stay as they are: BGR for detectron2 and with `stride_in_1x1` (Caffe's models), else RGB. The other
+            order reverses the first convolution's input channels.
+        upsample: as `FPN`. Default: "bilinear" for kuangliu's, "nearest" for the frameworks'; for ours and for a
+            classifier "nearest" where the coarsest level is smoothed, else "bilinear".
+        extra: as `FPN`. "auto": P6 and P7 where the checkpoint has them, without a ReLU between them for mmdetection's;
+            else "maxpool" for torchvision's, detectron2's and mmdetection's, and None for the others.
+        norm_eps: added to the variance in every norm. Default 1e-5, and 0.0 for torchvision's COCO_V1 files by name.
+
+    Returns:
+        The model; its attribute `report` is the `fpn.weights.Report`.
+
+    Raises:
+        FileNotFoundError, ImportError: as `read_checkpoint`.
+        CheckpointError: the file cannot be read, its source is not known, an entry is missing, unexpected, of another
+            shape or not a number, or there are several models in it.
+        ValueError: an argument does not fit the model.
+    """
+    if channel_order not in (None, "rgb", "bgr"):
+        raise ValueError(f"channel_order must be 'rgb', 'bgr' or None; got {channel_order!r}")
+    file = Path(checkpoint) if isinstance(checkpoint, str | Path) else None
+    state = state_dict_in(checkpoint) if file is None else read_checkpoint(file)
+    names = the_one_naming(state)
+    if names.naming.affine:
+        state |= statistics_folded_in(state, names)
+    entries = {ours: value for name, value in state.items() if (ours := names.ours(name)) is not None}
+
+    if norm_eps is None:
+        norm_eps = 0.0 if file is not None and file.name in NORM_EPS_0 else NORM_EPS
+    trunk = describe_trunk(entries, names.naming, stride_in_1x1, norm_eps)
+    pyramid = describe_pyramid(entries, names.naming, upsample, extra, norm_eps)
+    try:
+        with torch.device("meta"):  # what a hostile file claims costs no memory before it is found to be there
+            sketch = FPN(ResNet(**trunk), **pyramid)
+    except RuntimeError as error:
+        raise CheckpointError(f"its shapes are those of no model: {error}") from error
+    report = match_all(sketch.state_dict(), state, names)
+
+    model = FPN(ResNet(**trunk), **pyramid)
+    load_matched(model, state, report)
+    frozen = freeze_uncounted(model, report)
+    source_order = names.naming.channel_order or ("bgr" if trunk["stride_in_1x1"] else "rgb")
+    if channel_order not in (None, source_order):
+        reverse_channels(model)
+    told_extra = f"P6P7(relu={model.extra.relu})" if isinstance(model.extra, P6P7) else pyramid["extra"]
+    model.report = replace(
+        report,
+        notes=(
+            f"from {names.naming.source}" + (f", under {names.prefix!r}" if names.prefix else ""),
+            f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} "
+            f"wide, {trunk['norm_layer'].func.__name__}",
+            *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
+            *((f"batch norm without a counter is frozen, as the checkpoint's: {frozen}",) if frozen else ()),
+            f"not told by the keys: stride_in_1x1={trunk['stride_in_1x1']}, upsample={model.upsample!r}, "
+            f"extra={told_extra}, norm_eps={norm_eps}, images in {(channel_order or source_order).upper()} "
+            f"where the source has {source_order.upper()}",
+        ),
+    )
+    logger.info("%s", model.report)
+    return model
+
+
+def freeze_uncounted(model: FPN, report: Report) -> str:
+    """Freezes the batch norm whose counter the checkpoint lacks, which was frozen there; says where that is."""
+    uncounted = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.BatchNorm2d and f"{name}.{COUNTER}" not in report.matched
+    }
+    freeze_norms(model, list(uncounted.values()))
+    return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in uncounted))
+
+
+def reverse_channels(model: FPN) -> None:
+    """Makes a model that takes RGB take BGR, and the other way round."""
+    conv = model.bottom_up.get_submodule("conv1")
+    assert isinstance(conv, nn.Conv2d)
+    if conv.in_channels != 3:
+        raise ValueError(f"channel_order is for images of 3 channels; the checkpoint's have {conv.in_channels}")
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight.flip(1))
