@@ -51,6 +51,7 @@ setup(
     packages=[
         "fpn",
         "fpn.checkpoints",
+        "fpn.command",
         "fpn.demo",
         "fpn.detection",
         "fpn.inference",
@@ -67,6 +68,7 @@ setup(
         "roi": ["py.typed"],
         "roi.kernels": ["*.cu", "*.cuh"],
     },
+    entry_points={"console_scripts": ["fpn = fpn.command.main:main"]},
     zip_safe=False,
     classifiers=[
         "Intended Audience :: Developers",

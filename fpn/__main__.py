@@ -2,7 +2,7 @@
 
 import sys
 
-from fpn.demo.command import main
+from fpn.command.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

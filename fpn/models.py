@@ -80,7 +80,7 @@ def constructor(build: Callable[Concatenate[str, Options], FPN], name: str, vari
     signature = inspect.signature(build)
     _, *parameters = signature.parameters.values()
     function: Any = construct
-    function.__name__ = function.__qualname__ = name
+    function.__name__ = function.__qualname__ = name  # pickle finds it by them
     function.__signature__ = signature.replace(parameters=parameters)
     function.__doc__ = (build.__doc__ or "").replace("the trunk `variant` of `fpn.resnet.VARIANTS`", f"`{variant}`")
     return construct

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fpn
-from fpn import FPN, FPN18, FPN50, checkpoint, export_state_dict, from_checkpoint, resnet
+from fpn import FPN, FPN18, FPN50, export_state_dict, from_checkpoint, resnet
+from fpn.checkpoints import conversion
 from fpn.levels import P6P7
 from fpn.norm import FrozenBatchNorm2d
 from fpn.resnet import BasicBlock, ResNetClassifier, build
@@ -372,11 +373,11 @@ def test_eps_of_torchvisions_coco_files(tmp_path: Path) -> None:
 
     names = [f"{model}_ResNet50_FPN_Weights" for model in ("FasterRCNN", "MaskRCNN", "KeypointRCNN", "RetinaNet")]
     urls = [getattr(detection, name).COCO_V1.url for name in names]
-    assert sorted(checkpoint.NORM_EPS_0) == sorted(url.rpartition("/")[2] for url in urls)
+    assert sorted(conversion.NORM_EPS_0) == sorted(url.rpartition("/")[2] for url in urls)
     state = export_state_dict(
         FPN18(upsample="nearest", smooth_top=True, trunk={"norm_layer": FrozenBatchNorm2d}), "torchvision"
     )
-    for name, eps in ((checkpoint.NORM_EPS_0[0], 0.0), ("mine.pth", 1e-5)):
+    for name, eps in ((conversion.NORM_EPS_0[0], 0.0), ("mine.pth", 1e-5)):
         torch.save(state, tmp_path / name)
         assert {m.eps for m in from_checkpoint(tmp_path / name).modules() if isinstance(m, FrozenBatchNorm2d)} == {eps}
 

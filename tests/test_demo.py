@@ -21,7 +21,9 @@ from PIL import Image
 from torch import nn
 
 import fpn
-from fpn.demo import command, draw
+from fpn.command import options, photos
+from fpn.command.main import main
+from fpn.demo import draw
 from fpn.demo import run as demo
 from fpn.demo.photo import DEFAULT_PHOTO, Photo, read_photo, to_tensor
 from roi import roi_pool
@@ -95,7 +97,7 @@ def test_features(finished: tuple[Path, str], small_photo: Path) -> None:
         torch.testing.assert_close(pooled, roi_pool(arrays[f"p{k}"], [box[None]], 7, 1 / 2**k)[0], rtol=0, atol=0)
 
     # The pyramid is that of the model of seed 0 with the photo's own batch norm statistics, as printed.
-    model, _ = command.load_model("FPN18", None)
+    model, _ = options.load_model("FPN18", None)
     result = demo.run_model(model, read_photo(small_photo), [(0, 0, 9, 9)], calibrate=True)
     torch.testing.assert_close(arrays["p2"], result.pyramid[0], rtol=1e-3, atol=1e-3)
 
@@ -127,8 +129,8 @@ def run_demo(
     """The command in this process: arguments -> exit status, stdout, stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fpn", *map(str, arguments)])
-        status = command.main()
+        monkeypatch.setattr(sys, "argv", ["folder/__main__.py", *map(str, arguments)])
+        status = main()
         return status, *capsys.readouterr()
 
     return run
@@ -154,7 +156,10 @@ BAD_USES = {
     "{photo} --weights IMAGENET1K_V9": "IMAGENET1K_V9",
     "{photo} --weights missing.pth": "missing.pth",
     "{photo} --weights {text}": "text.jpg",
-    "{photo} --device gpu9": "device 'gpu9' cannot be used",
+    "''": "PHOTO must be the path of an image file; it is empty",
+    "{photo} --weights ''": "--weights: the path is empty",
+    "{photo} --device gpu": "device 'gpu' is unknown; there are cpu, cuda, cuda:1, mps",
+    "{photo} --device gpu9": "device 'gpu9' is unknown",
     "{photo} --device cuda:63": "device 'cuda:63' cannot be used",
     "{photo} --device meta": "device 'meta' cannot be used",
     "{photo} --out {text}": "cannot write to",
@@ -184,6 +189,36 @@ def test_bad_use_is_a_one_line_error(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_features_writes_the_demos_arrays_and_no_picture(
+    finished: tuple[Path, str], small_photo: Path, tmp_path: Path, run_demo: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, stdout, stderr = run_demo(
+        "features", small_photo, "--model", "FPN18", "--boxes", *BOXES, "--out", tmp_path / "out"
+    )
+    assert (status, stderr) == (0, "")
+    assert os.listdir(tmp_path / "out") == ["features.npz"]
+    size = (tmp_path / "out" / "features.npz").stat().st_size
+    assert stdout.endswith(f"wrote {tmp_path}/out/features.npz ({size / 1e6:.0f} MB)\n")
+    with np.load(tmp_path / "out" / "features.npz") as ours, np.load(finished[0] / "features.npz") as demos:
+        assert set(ours.files) == set(demos.files)
+        for name in ours.files:
+            np.testing.assert_allclose(ours[name], demos[name], rtol=1e-3, atol=1e-3)
+
+
+def test_version() -> None:
+    process = start("--version")
+    stdout, _ = process.communicate()
+    assert (process.returncode, stdout) == (0, f"fpn-roi {fpn.__version__}\n")
+
+
+def test_the_console_scripts_errors_bear_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/fpn", "missing.jpg"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("fpn: error: cannot read missing.jpg: ")
+
+
 def test_exit_status_of_errors(tmp_path: Path, places: dict[str, Path]) -> None:
     uses = ["missing.jpg", "{photo} --boxes 9,9,3,20"]
     processes = [start("--out", tmp_path / "out", *use.format(**places).split()) for use in uses]
@@ -196,11 +231,14 @@ def test_exit_status_of_errors(tmp_path: Path, places: dict[str, Path]) -> None:
 def test_help_needs_no_libraries(tmp_path: Path) -> None:
     for library in ("PIL", "matplotlib"):
         (tmp_path / f"{library}.py").write_text(f"raise ModuleNotFoundError('No module named {library}')\n")
-    help_, run = start("--help", path=[tmp_path]), start("--out", tmp_path / "out", path=[tmp_path])
-    stdout, _ = help_.communicate()
-    assert help_.returncode == 0
-    assert all(option in stdout for option in ("PHOTO", "--model", "--weights", "--boxes", "--out", "--device"))
-    assert "examples:\n  python -m fpn street.jpg" in stdout
+    helps = [start("--help", path=[tmp_path]), start("demo", "--help", path=[tmp_path])]
+    run = start("--out", tmp_path / "out", path=[tmp_path])
+    whole, demos = (help_.communicate()[0] for help_ in helps)
+    assert [help_.returncode for help_ in helps] == [0, 0]
+    assert "examples:\n  python -m fpn\n" in whole
+    assert all(name in whole for name in ("demo", "features", "export", "--version"))
+    assert all(option in demos for option in ("PHOTO", "--model", "--weights", "--boxes", "--out", "--device"))
+    assert "example:\n  python -m fpn demo street.jpg" in demos
     _, stderr = run.communicate()
     assert run.returncode == 2
     assert_one_line_error(stderr, "pip install 'fpn-roi[demo]'")
@@ -259,7 +297,7 @@ def test_exif_rotated_photo_gives_the_same(tmp_path: Path) -> None:
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     rois = []
     for name in ("upright.png", "turned.png"):
-        model, _ = command.load_model("FPN18", None)
+        model, _ = options.load_model("FPN18", None)
         result = demo.run_model(model, read_photo(tmp_path / name), [(10, 20, 80, 119)], calibrate=True)
         assert result.pyramid[0].shape == (1, 256, 60, 45)
         rois.append(result.rois)
@@ -278,11 +316,18 @@ def test_odd_photos(
         assert arrays["rois"].shape == (4, 256, 7, 7)
 
 
+def levels_of(boxes: Sequence[Sequence[float]]) -> list[int]:
+    """The k of the level Pk that each box is pooled from."""
+    pooler = demo.make_pooler(fpn.FPN18())
+    assert pooler.map_levels is not None
+    return [int(pooler.featmap_names[index]) for index in pooler.map_levels([torch.tensor(boxes)])]
+
+
 @pytest.mark.parametrize("size", [(800, 800), (1200, 800), (800, 1200), (1333, 750)])
 def test_default_boxes_have_a_level_each(size: tuple[int, int]) -> None:
-    boxes = command.nested_boxes(size)
-    command.check_boxes(boxes, size)
-    assert [demo.assign_level(box) for box in boxes] == [5, 4, 3, 2]
+    boxes = photos.nested_boxes(size)
+    photos.check_boxes(boxes, size)
+    assert levels_of(boxes) == [5, 4, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +336,7 @@ def test_default_boxes_have_a_level_each(size: tuple[int, int]) -> None:
      (1, 1, 2), (1e-9, 1e-9, 2), (5000, 5000, 5)],
 )  # fmt: skip
 def test_level_of_a_box(width: float, height: float, k: int) -> None:
-    assert demo.assign_level((10, 20, 10 + width, 20 + height)) == k
+    assert levels_of([(10, 20, 10 + width, 20 + height)]) == [k]
 
 
 def test_weights_are_named_for_what_they_are(tmp_path: Path) -> None:
@@ -300,10 +345,10 @@ def test_weights_are_named_for_what_they_are(tmp_path: Path) -> None:
     trunk, whole = tmp_path / "trunk.pth", tmp_path / "whole.pth"
     torch.save(other.bottom_up.state_dict(), trunk)
     torch.save(other.state_dict(), whole)
-    model, phrase = command.load_model("FPN18", str(trunk))
+    model, phrase = options.load_model("FPN18", str(trunk))
     assert phrase == f"weights {trunk} for the trunk; lateral and smoothing convolutions random (seed 0)"
     torch.testing.assert_close(model.bottom_up.state_dict(), other.bottom_up.state_dict())
-    model, phrase = command.load_model("FPN18", str(whole))
+    model, phrase = options.load_model("FPN18", str(whole))
     assert phrase == f"weights {whole}"
     torch.testing.assert_close(model.state_dict(), other.state_dict())
     assert not model.training
@@ -335,7 +380,7 @@ def test_a_checkpoint_says_what_it_is(
 def test_stride_in_1x1_is_the_checkpoints(tmp_path: Path, run_demo: Callable[..., tuple[int, str, str]]) -> None:
     path = tmp_path / "fpn50.pth"
     torch.save(fpn.FPN50().state_dict(), path)
-    model, _ = command.load_model("FPN50", str(path), stride_in_1x1=True)
+    model, _ = options.load_model("FPN50", str(path), stride_in_1x1=True)
     assert model.bottom_up.layer2[0].conv1.stride == (2, 2)
     status, _, stderr = run_demo("--stride-in-1x1", "--out", tmp_path / "out")
     assert status == 2
@@ -343,7 +388,7 @@ def test_stride_in_1x1_is_the_checkpoints(tmp_path: Path, run_demo: Callable[...
 
 
 def test_timed_forward() -> None:
-    model, _ = command.load_model("FPN18", None)
+    model, _ = options.load_model("FPN18", None)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         pyramid, times = demo.timed_forward(model, images)
@@ -355,7 +400,7 @@ def test_timed_forward() -> None:
 
 
 def test_slow_parts_are_timed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = command.load_model("FPN18", None)
+    model, _ = options.load_model("FPN18", None)
     forward = model.smooth[2].forward  # of P3: the modules are in top-down order
 
     def slow(x: torch.Tensor) -> Any:
@@ -370,7 +415,7 @@ def test_slow_parts_are_timed_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_calibrated_batch_norm_normalises() -> None:
-    model, _ = command.load_model("FPN18", None)
+    model, _ = options.load_model("FPN18", None)
     images = 5 + 3 * torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     outputs: list[torch.Tensor] = []
     with torch.no_grad():
@@ -389,6 +434,6 @@ def test_calibrated_batch_norm_normalises() -> None:
 def test_boxes_scale_with_the_photo(small_photo: Path) -> None:
     photo = read_photo(small_photo)
     narrow = Photo(photo.name, (160, 120), photo.image.resize((400, 240)))
-    model, _ = command.load_model("FPN18", None)
+    model, _ = options.load_model("FPN18", None)
     result = demo.run_model(model, narrow, [(10, 20, 30, 40)], calibrate=False)
     assert result.model_boxes.tolist() == [[25, 40, 75, 80]]

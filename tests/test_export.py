@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from fpn import FPN, FPN18
-from fpn.demo import command
+from fpn.command.main import main
 from fpn.export import export_onnx, export_program
 from fpn.resnet import BasicBlock, ResNet
 from tests.reference.comparison import largest_relative_error, relative_error
@@ -185,8 +185,8 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["fpn", *map(str, arguments)])
-    return command.main()
+    monkeypatch.setattr(sys, "argv", ["folder/__main__.py", *map(str, arguments)])
+    return main()
 
 
 @open_sizes
@@ -197,7 +197,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     model = randomise(FPN18()).eval()
     torch.save(model.state_dict(), tmp_path / "model.pth")
     path = tmp_path / "new" / "model.onnx"
-    assert run_command(monkeypatch, "--model", "FPN18", "--weights", tmp_path / "model.pth", "--export", path) == 0
+    assert run_command(monkeypatch, "export", path, "--model", "FPN18", "--weights", tmp_path / "model.pth") == 0
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
     assert f"wrote {path} ({path.stat().st_size / 1e6:.0f} MB)" in stdout
@@ -212,11 +212,14 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("photo.jpg --export {folder}/model.onnx", "--export takes no photo and no boxes"),
-        ("--boxes 0,0,9,9 --export {folder}/model.onnx", "--export takes no photo and no boxes"),
-        ("--weights missing.pth --export {folder}/model.onnx", "missing.pth"),
-        ("--export {folder}", "it is a folder"),
-        ("--export {folder}/file/model.onnx", "cannot write to"),
+        ("photo.jpg {folder}/model.onnx", "unrecognized arguments"),
+        ("--boxes 0,0,9,9 {folder}/model.onnx", "unrecognized arguments: --boxes"),
+        ("", "the following arguments are required: FILE"),
+        ("{folder}/model.onnx --weights missing.pth", "missing.pth"),
+        ("{folder}/model.onnx --weights=", "--weights: the path is empty"),
+        ("{folder}", "it is a folder"),
+        ("/", "FILE must name a file; got '/'"),
+        ("{folder}/file/model.onnx", "cannot write to"),
     ],
 )
 def test_bad_use_of_the_command(
@@ -227,7 +230,7 @@ def test_bad_use_of_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert run_command(monkeypatch, "--model", "FPN18", *arguments.format(folder=tmp_path).split()) == 2
+    assert run_command(monkeypatch, "export", *arguments.format(folder=tmp_path).split(), "--model", "FPN18") == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("python -m fpn: error: ")
     assert message in stderr

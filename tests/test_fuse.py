@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fpn import FPN, FPN18, FPN50, fused_conv
+from fpn import FPN, FPN18, FPN50
+from fpn.inference import fused_conv
 from fpn.inference.fused_conv import FusedConv2d
 from fpn.norm import FrozenBatchNorm2d
 from tests.reference.comparison import largest_relative_error, relative_error

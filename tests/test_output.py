@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fpn._output import written_whole
-from fpn.demo import command
+from fpn.command import options
 from fpn.export import export_onnx
 from tests.test_export import run_command, small_fpn
 
@@ -78,7 +78,7 @@ def test_nothing_is_exported_to_what_is_no_file(
     before = path.lstat()
     with pytest.raises(OSError, match=what):
         export_onnx(small_fpn("bilinear", fused=False), path)
-    assert run_command(monkeypatch, "--model", "FPN18", "--export", path) == 2
+    assert run_command(monkeypatch, "export", path, "--model", "FPN18") == 2
     stderr = capsys.readouterr().err
     assert what in stderr
     assert str(path) in stderr
@@ -130,7 +130,7 @@ def test_what_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
 def test_files_of_the_demo_follow_links(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a").symlink_to(Path("elsewhere", "a"))
-    with command.output_files(tmp_path, ["a", "b"]) as paths:
+    with options.output_files(tmp_path, ["a", "b"]) as paths:
         for path in paths:
             path.write_text(path.name)
     assert (tmp_path / "elsewhere" / "a").read_text() == "a"

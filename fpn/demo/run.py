@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fpn.demo.photo import Photo, to_tensor
 from fpn.pyramid import FPN
-from roi import roi_pool
+from roi import MultiScaleRoIPool
 
 ROI_SIZE = 7
 
@@ -95,9 +94,10 @@ def run_model(model: FPN, photo: Photo, boxes: Sequence[Box], calibrate: bool) -
     pyramid, times = timed_forward(model, images)
     photo_boxes = torch.tensor(boxes, dtype=torch.float32)
     model_boxes = photo_boxes * torch.tensor(photo.scale * 2)
-    pooled = level_numbers(model.strides)[: len(model.lateral)]  # not from the extra levels, as in Lin et al. 2017
-    levels = tuple(assign_level(box, pooled[0], pooled[-1]) for box in model_boxes.tolist())
-    rois = pool_boxes(pyramid, model.strides, model_boxes.to(device), levels)
+    pooler = make_pooler(model)
+    rois = pooler(dict(zip(pooler.featmap_names, pyramid, strict=False)), [model_boxes.to(device)], [images.shape[2:]])
+    assert pooler.map_levels is not None
+    levels = tuple(int(pooler.featmap_names[index]) for index in pooler.map_levels([model_boxes]))
     on_cpu = tuple(level.cpu() for level in pyramid)
     return Result(on_cpu, model.strides, photo_boxes, model_boxes, levels, rois.cpu(), times)
 
@@ -163,28 +163,8 @@ def level_numbers(strides: Sequence[int]) -> list[int]:
     return [stride.bit_length() - 1 for stride in strides]
 
 
-def assign_level(box: Sequence[float], lowest: int = 2, highest: int = 5) -> int:
-    """The k of the level Pk for a box in pixels of the model's input: Lin et al. 2017, eq. 1, or the nearest."""
-    x1, y1, x2, y2 = box
-    k = math.floor(4 + math.log2(math.sqrt((x2 - x1) * (y2 - y1)) / 224 + 1e-8))
-    return min(max(k, lowest), highest)
-
-
-def pool_boxes(pyramid: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Sequence[int]) -> Tensor:
-    """Every box pooled from its level.
-
-    Args:
-        pyramid: every level, finest first, Tensor[1, C, h, w].
-        strides: of each level.
-        boxes: Tensor[K, 4] in pixels of the model's input.
-        levels: the k of each box's level Pk.
-
-    Returns:
-        Tensor[K, C, 7, 7].
-    """
-    rois = pyramid[0].new_empty(len(boxes), pyramid[0].shape[1], ROI_SIZE, ROI_SIZE)
-    for k, level, stride in zip(level_numbers(strides), pyramid, strides, strict=True):
-        mine = [index for index, own in enumerate(levels) if own == k]
-        if mine:
-            rois[mine] = roi_pool(level, [boxes[mine]], ROI_SIZE, spatial_scale=1 / stride)
-    return rois
+def make_pooler(model: FPN) -> MultiScaleRoIPool:
+    """RoI max pooling from the levels that have a lateral, named by their k; not from those above, as in the paper."""
+    strides = model.strides[: len(model.lateral)]
+    names = [str(k) for k in level_numbers(strides)]
+    return MultiScaleRoIPool(names, ROI_SIZE, spatial_scales=[1 / stride for stride in strides])

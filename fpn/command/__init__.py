@@ -1,0 +1,1 @@
+"""The command `fpn`, also `python -m fpn`: a module for each subcommand."""
