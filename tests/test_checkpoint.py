@@ -265,7 +265,7 @@ OWN: dict[str, Callable[[], FPN]] = {
     "frozen": partial(FPN50, trunk={"norm_layer": FrozenBatchNorm2d}),
     "partly frozen": partial(FPN18, trainable_layers=3),
     "group norm": partial(FPN50, norm_layer=nn.GroupNorm, neck_norm_layer=nn.GroupNorm, out_channels=96),
-    "normed neck": partial(FPN18, norm_layer=nn.BatchNorm2d, extra=partial(P6P7, norm_layer=nn.BatchNorm2d)),
+    "normed neck": partial(FPN18, neck_norm_layer=nn.BatchNorm2d, extra=partial(P6P7, norm_layer=nn.BatchNorm2d)),
     "5 channels": partial(FPN18, trunk={"in_channels": 5}),
     "other blocks": lambda: FPN(resnet.ResNet(BasicBlock, (1, 3, 1, 2))),
 }
@@ -557,7 +557,7 @@ def test_from_one_framework_to_the_other(naming: str, extra: Any, prefix: str) -
             upsample="nearest",
             smooth_top=True,
             extra=extra,
-            norm_layer=nn.BatchNorm2d if extra == "maxpool" else None,
+            neck_norm_layer=nn.BatchNorm2d if extra == "maxpool" else None,
             trunk={"returned_layers": (2, 3, 4)} if extra else None,
             out_channels=64,
         )

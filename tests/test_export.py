@@ -23,8 +23,8 @@ from tests.reference.random_weights import randomise
 OPTIONS: dict[str, dict[str, Any]] = {
     "bilinear": {},
     "nearest": {"upsample": "nearest", "smooth_top": True, "extra": "maxpool"},
-    "p6p7": {"extra": "p6p7", "neck_norm_layer": nn.BatchNorm2d},
-    "group norm": {"neck_norm_layer": nn.GroupNorm, "trunk": {"norm_layer": nn.GroupNorm}},
+    "p6p7": {"extra": "p6p7", "norm_layer": nn.BatchNorm2d},
+    "group norm": {"norm_layer": nn.GroupNorm, "trunk": {"norm_layer": nn.GroupNorm}},
     "grey": {"trunk": {"in_channels": 1}},
 }
 FORMS = pytest.mark.parametrize("fused", [False, True], ids=["model", "fused"])

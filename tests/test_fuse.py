@@ -99,7 +99,7 @@ def test_same_outputs_of_other_bottlenecks(trunk: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("one_pass")
 def test_dtype_is_kept(size: tuple[int, int], dtype: torch.dtype) -> None:
     """Fused, a model rounds less often than before: its error against float64 is no larger than of old."""
-    model = random_fpn(norm_layer=nn.BatchNorm2d, extra="p6p7").to(dtype)
+    model = random_fpn(neck_norm_layer=nn.BatchNorm2d, extra="p6p7").to(dtype)
     fused = model.fuse()
     assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
     images = torch.randn(2, 3, *size, dtype=dtype)
@@ -190,7 +190,7 @@ def test_a_block_of_another_class_stays() -> None:
 
 
 def test_the_model_stays_as_it_was_and_its_checkpoint_loads_into_a_twin() -> None:
-    model = random_fpn(norm_layer=nn.BatchNorm2d, trainable_layers=3)
+    model = random_fpn(neck_norm_layer=nn.BatchNorm2d, trainable_layers=3)
     before = copy.deepcopy(model.state_dict())
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     images = torch.randn(1, 3, 64, 64)
@@ -212,7 +212,7 @@ def test_the_model_stays_as_it_was_and_its_checkpoint_loads_into_a_twin() -> Non
 
 
 def test_fusing_twice_is_fusing_once() -> None:
-    fused = random_fpn(norm_layer=nn.BatchNorm2d).fuse()
+    fused = random_fpn(neck_norm_layer=nn.BatchNorm2d).fuse()
     images = torch.randn(1, 3, 64, 64)
     assert all(torch.equal(a, b) for a, b in zip(fused.fuse()(images), fused(images), strict=True))
 

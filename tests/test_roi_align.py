@@ -315,7 +315,7 @@ def test_any_strides(view, count: int) -> None:
         ({"spatial_scale": 0.0}, ValueError, "spatial_scale must be finite and positive"),
         ({"sampling_ratio": 2.5}, TypeError, "sampling_ratio must be an int; got 2.5"),
         ({"sampling_ratio": None}, TypeError, "sampling_ratio must be an int; got None"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, torch, cupy; got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, torch, cupy, torchvision; got 'cuda'"),
     ],
 )
 def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:

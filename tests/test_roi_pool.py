@@ -320,7 +320,7 @@ def test_any_strides(view) -> None:
         ({"output_size": 2.5}, ValueError, "output_size"),
         ({"spatial_scale": 0.0}, ValueError, "spatial_scale must be finite and positive"),
         ({"spatial_scale": math.nan}, ValueError, "spatial_scale"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, torch, cupy; got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, torch, cupy, torchvision; got 'cuda'"),
     ],
 )
 def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
