@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 # NVRTC and the runtime headers come as wheels, so that no CUDA toolkit has to be installed on the machine.
 CUDA12 = ["cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"]
 CUDA13 = ["cupy-cuda13x", "nvidia-cuda-nvrtc>=13", "nvidia-cuda-runtime>=13"]
-DEMO = ["pillow", "matplotlib"]
+TORCHVISION = ["torchvision"]
+DEMO = [*TORCHVISION, "pillow", "matplotlib"]
 EXAMPLES = [*DEMO, "scikit-learn", "torchmetrics", "pycocotools", "tqdm"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
 
@@ -27,10 +28,11 @@ setup(
     license="BSD-3-Clause",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "torchvision", "numpy"],
+    install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "cuda12": CUDA12,
         "cuda13": CUDA13,
+        "torchvision": TORCHVISION,
         "demo": DEMO,
         "safetensors": ["safetensors"],
         "onnx": ONNX,
@@ -46,7 +48,7 @@ setup(
             *EXAMPLES,
             *(f"{name}; platform_system != 'Darwin'" for name in CUDA12),
         ],
-        "lint": ["ruff", "mypy"],
+        "lint": ["ruff", "mypy", "import-linter"],
     },
     packages=[
         "fpn",

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fpn._changes import Changes
 from fpn._recognition import class_name, is_frozen_batch_norm, is_sequence
-from fpn.inference.tracing import is_exported
+from fpn._tracing import is_exported
 
 # Wrappers that cannot be run twice in one step, or do themselves what is asked for.
 REFUSING = {

@@ -14,7 +14,7 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from fpn.inference.activation import Activation, activation_of
+from fpn._activation import Activation, activation_of
 
 STATISTICS = ("running_mean", "running_var")
 COUNTER = "num_batches_tracked"

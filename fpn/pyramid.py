@@ -13,7 +13,7 @@ from fpn._caller import refuse_bare_use
 from fpn._changes import Changes
 from fpn._maps import announced, announced_layout, as_maps
 from fpn._recognition import all_is_watched, is_watched
-from fpn.checkpoints.matching import Report
+from fpn._report import Report
 from fpn.inference.fuse import fuse
 from fpn.inference.fused_conv import FusedConv2d
 from fpn.levels import EXTRA_LEVELS, ExtraFactory, make_conv

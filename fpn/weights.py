@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fpn._freezing import freeze
+from fpn._report import Report
 from fpn.checkpoints.description import describe_trunk
 from fpn.checkpoints.files import CheckpointError, read_checkpoint, state_dict_in
 from fpn.checkpoints.imagenet import imagenet_checkpoint
-from fpn.checkpoints.matching import Report
 from fpn.checkpoints.namings import Names
 from fpn.checkpoints.recognition import match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.transfer import load_matched, transfer

@@ -75,7 +75,7 @@ def test_activations(name: str, block: type[BasicBlock] | type[Bottleneck]) -> N
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_in_a_convolution(name: str, added: bool, size: int, dtype: torch.dtype) -> None:
     """By oneDNN, by Winograd's algorithm with 3, and with an addition before it."""
-    from fpn.inference.activation import activation_of
+    from fpn._activation import activation_of
 
     torch.manual_seed(0)
     activation = activation_of(ACTIVATIONS[name]())

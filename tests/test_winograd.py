@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fpn._activation import RELU
 from fpn.inference import winograd
-from fpn.inference.activation import RELU
 from fpn.inference.fused_conv import FusedConv2d, one_pass_works
 from tests.reference.comparison import relative_error
 

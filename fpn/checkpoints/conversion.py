@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from fpn._freezing import freeze_norms
+from fpn._report import Report
 from fpn.checkpoints.description import Extra, describe_pyramid, describe_trunk
 from fpn.checkpoints.files import CheckpointError, read_checkpoint, state_dict_in
-from fpn.checkpoints.matching import COUNTER, Report
+from fpn.checkpoints.matching import COUNTER
 from fpn.checkpoints.recognition import match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.transfer import load_matched
 from fpn.levels import P6P7

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fpn._report import Report
 from fpn.checkpoints.files import CheckpointError
-from fpn.checkpoints.matching import Report, match_by_name
+from fpn.checkpoints.matching import match_by_name
 from fpn.checkpoints.namings import Names, recognise
 
 Entries = Mapping[str, Tensor]

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fpn._report import Report
 from fpn.checkpoints.files import CheckpointError
-from fpn.checkpoints.matching import COUNTER, Report, match_by_name, match_by_order
+from fpn.checkpoints.matching import COUNTER, match_by_name, match_by_order
 
 NUMBERS = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

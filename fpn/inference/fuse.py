@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpn._activation import activation_of
 from fpn._changes import Changes
 from fpn._recognition import (
     all_is_watched,
@@ -27,9 +28,8 @@ from fpn._recognition import (
     own_method,
     plain_activation,
 )
-from fpn.inference.activation import activation_of
+from fpn._tracing import is_recorded, is_traced
 from fpn.inference.fused_conv import FusedConv2d
-from fpn.inference.tracing import is_recorded, is_traced
 from fpn.levels import P6P7
 from fpn.resnet import BasicBlock, Bottleneck, ResNet
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fpn._activation import RELU, Activation
+from fpn._tracing import is_recorded, is_traced
 from fpn.inference import winograd
-from fpn.inference.activation import RELU, Activation
-from fpn.inference.tracing import is_recorded, is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self

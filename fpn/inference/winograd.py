@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fpn.inference.activation import Activation
+from fpn._activation import Activation
 
 # The algorithm's matrices for the points 0, 1, -1, 2, -2 and infinity: Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A.
 INPUT = torch.tensor(
