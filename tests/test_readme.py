@@ -1,4 +1,4 @@
-"""README's examples are run as they stand."""
+"""The examples of README.md and docs/ are run as they stand, and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 
 
 def marks(example: str) -> list[pytest.MarkDecorator]:
@@ -25,10 +26,28 @@ def marks(example: str) -> list[pytest.MarkDecorator]:
     return []
 
 
-@pytest.mark.parametrize("example", [pytest.param(code, marks=marks(code)) for code in EXAMPLES])
-def test_example_runs(example: str) -> None:
-    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+EXAMPLES = [
+    pytest.param(page, example, marks=marks(example), id=f"{page}-{number}")
+    for page, text in TEXTS.items()
+    for number, example in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL), start=1)
+]
+
+
+@pytest.mark.parametrize(("page", "example"), EXAMPLES)
+def test_example_runs(page: str, example: str) -> None:
+    exec(compile(example, page, "exec"), {"__name__": "example"})
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 4
+    assert len(EXAMPLES) >= 8
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_to_files(page: str) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", TEXTS[page])
+    missing = [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()]
+    assert not missing
+
+
+def test_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].split()) <= 1000
