@@ -23,7 +23,7 @@ class Activation(NamedTuple):
     algorithm: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The function of `x`, which stays as it is."""
+        """The activation of `x`; `x` does not change."""
         match self.name:
             case "relu":
                 return F.relu(x)
@@ -39,7 +39,7 @@ class Activation(NamedTuple):
                 return F.gelu(x, approximate=self.algorithm)
 
     def apply_(self, x: Tensor) -> Tensor:
-        """The function of `x`, in its memory, but for "gelu". Without gradient."""
+        """The activation of `x`, written into `x` (not for "gelu"), without gradient."""
         match self.name:
             case "relu":
                 return torch.relu_(x)
@@ -59,7 +59,7 @@ RELU = Activation("relu")
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """What a module of one of these very classes computes; None for any other."""
+    """The activation that a module computes, if its class is exactly one of these; else None."""
     found: Activation | None = None
     if type(module) is nn.ReLU:
         found = RELU

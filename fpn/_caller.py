@@ -1,4 +1,4 @@
-"""Who calls a pyramid: a detector of torchvision's wants levels with names, and says so deep inside."""
+"""A clear error where a torchvision detector calls a pyramid directly; its own comes from deep inside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def refuse_bare_use(pyramid: nn.Module) -> None:
-    """Raise where `pyramid`, which is in its forward, is itself the backbone of a torchvision detector.
+    """Raise if `pyramid` is the backbone of a torchvision detector that is calling it now.
 
     Raises:
         TypeError: it is; the message says what to write.

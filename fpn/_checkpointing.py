@@ -1,7 +1,7 @@
 """Activation checkpointing: the backward pass computes a stage again instead of keeping what is in it.
 
-The second time everything is as it was the first time: random numbers, and buffers, which the first time may have moved
-(running statistics, the vectors of spectral norm). And the buffers are afterwards as they were before the second time.
+The second pass sees the same random numbers and the same buffers as the first, which may have changed them
+(running statistics, the vectors of spectral norm). Afterwards the buffers have the values that the first pass left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REFUSING = {
 
 
 def run_stage(stage: nn.Module, x: Tensor, checkpointed: bool) -> Tensor:
-    """The stage's map; `checkpointed` keeps its input, or the inputs of its blocks, alone for the backward pass."""
+    """The stage's map. With `checkpointed` the backward pass keeps only the input of the stage, or of its blocks."""
     if not checkpointed or not torch.is_grad_enabled() or isinstance(x, Proxy) or is_exported():
         return cast(Tensor, stage(x))
     if why := refusal(stage):
@@ -55,7 +55,7 @@ def run_again_in_backward(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class Buffers(AbstractContextManager[None]):
-    """The buffers in a module as they are now, put back for a while, as often as it is entered."""
+    """The present values of a module's buffers; as a context manager it puts them back for a while."""
 
     def __init__(self, module: nn.Module) -> None:
         self.kept = [

@@ -20,10 +20,10 @@ STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 def freeze(trunk: nn.Module, trainable_layers: int) -> Changes:
     """Freezes all but the last `trainable_layers` of a ResNet's stem, layer1, layer2, layer3 and layer4, in place.
 
-    Frozen parameters take no gradient, and batch norm becomes `FrozenBatchNorm2d`, which `train()` does not wake: at
-    every place in the trunk where the same module is. That is for `nn.BatchNorm2d` and `nn.SyncBatchNorm` themselves.
-    A subclass, a norm with hooks or a parametrization, one without running statistics and any other module with
-    statistics is left: its parameters take no gradient, and in training mode its statistics go on changing.
+    Frozen parameters take no gradient. `nn.BatchNorm2d` and `nn.SyncBatchNorm` become `FrozenBatchNorm2d`, which
+    `train()` does not change, at every place in the trunk where the module is. Other modules with statistics are left:
+    a subclass, a norm with hooks or a parametrization, a norm without running statistics. Their parameters take no
+    gradient, and in training mode their statistics go on changing.
 
     Args:
         trunk: a trunk of `fpn.resnet`.
@@ -51,7 +51,7 @@ def freeze(trunk: nn.Module, trainable_layers: int) -> Changes:
 
 
 def freeze_norms(model: nn.Module, norms: list[nn.Module]) -> Changes:
-    """Puts `FrozenBatchNorm2d` in every place in `model` of those of the modules `norms` that are batch norm."""
+    """Replaces those of `norms` that are batch norm by `FrozenBatchNorm2d`, at every place in `model`."""
     replaced, left = {}, {}
     wanted, frozen = set(norms), dict[nn.Module, nn.Module]()
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -15,7 +15,7 @@ def as_maps(output: Any, channels: Sequence[int], layout: str | None) -> list[Te
         output: a sequence or a dict of maps, finest first. While torch.fx records, also one Proxy: the output of a
             trunk that is a leaf of the graph.
         channels: of each map.
-        layout: of each map: "NCHW", "NHWC", or None: as their shapes tell.
+        layout: of each map: "NCHW", "NHWC", or None: recognised by their shapes.
 
     Raises:
         TypeError: it is neither a sequence nor a dict.
@@ -42,7 +42,7 @@ def as_maps(output: Any, channels: Sequence[int], layout: str | None) -> list[Te
 def in_nchw(maps: list[Tensor], channels: tuple[int, ...], layout: str | None) -> list[Tensor]:
     """The maps, checked. Where `layout` is None, those that have their channels last, all of them, are permuted.
 
-    torch.fx records it as one call: only the shapes of real maps tell their layout.
+    torch.fx records it as one call, since only real maps have shapes.
     """
     found = tuple(c.shape[1] for c in maps)
     if found == channels:
@@ -64,6 +64,6 @@ def announced(bottom_up: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def announced_layout(bottom_up: nn.Module) -> str | None:
-    """ "NCHW" or "NHWC", as the attribute `output_fmt` of timm's models says; None where nobody says it."""
+    """ "NCHW" or "NHWC", the value of the attribute `output_fmt` of timm's models; None where there is none."""
     layout = getattr(bottom_up, "output_fmt", None)
     return None if layout is None else str(getattr(layout, "value", layout))

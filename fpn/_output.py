@@ -1,4 +1,4 @@
-"""Files that are written whole: under its final name there is the earlier file, or the new one with all its bytes."""
+"""Files that are written whole: under the final name is the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {
 
 @contextmanager
 def written_whole(paths: Sequence[str | os.PathLike[str]]) -> Iterator[list[Path]]:
-    """Other paths to write to; once all is written and on the disk, the files come to their places. Else none does.
+    """Temporary paths to write to. When all files are on the disk they move to `paths`; after an error none does.
 
     Links are followed. A file that is there already is replaced by one with its mode.
 
@@ -51,7 +51,7 @@ def check_regular(path: str | os.PathLike[str], target: Path) -> None:
     """Raise if at `target`, to which `path` leads, there is anything but a regular file.
 
     Raises:
-        OSError: that says what it is.
+        OSError: there is; the message says what it is.
     """
     try:
         kind = stat.S_IFMT(target.lstat().st_mode)

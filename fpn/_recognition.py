@@ -1,4 +1,4 @@
-"""What a module computes, told by its very class, its parameters, buffers, children and hooks.
+"""What a module computes, recognised by its exact class, its parameters, buffers, children and hooks.
 
 A subclass may compute anything, and so may an instance with hooks or with a method of its own. What is recognised here
 may be replaced by something else that computes the same; all else has to stay, and `reason` says why.
@@ -36,7 +36,7 @@ def class_name(module: object) -> str:
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """What of that very module would be lost with it, beside what its class computes; None where nothing would."""
+    """What would be lost if this module were replaced by one that computes what its class computes; else None."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
             return "it is pruned; torch.nn.utils.prune.remove makes that permanent"
@@ -50,7 +50,7 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 def own_method(module: nn.Module) -> str | None:
-    """The method that the module has in the place of its class's; None where there is none."""
+    """The method that the instance overrides; None where it overrides none."""
     for name, value in vars(module).items():
         if callable(value) and callable(getattr(type(module), name, None)):
             return f"it has a {name} of its own"
@@ -58,22 +58,22 @@ def own_method(module: nn.Module) -> str | None:
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether that very module has hooks or a method of its own, which would be lost with it."""
+    """Whether the module itself has hooks or overrides a method."""
     return obstacle(module) is not None
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether neither the module nor any in it has hooks or a method of its own."""
+    """Whether no module in it, itself included, has hooks or overrides a method."""
     return not any(map(is_touched, module.modules()))
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody may see what goes into and comes out of the module or one in it, at this call."""
+    """Whether hooks may see the inputs or outputs of this module, or of a module in it, at this call."""
     return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
 
 
 def all_is_watched() -> bool:
-    """Whether hooks for all modules or a mode of PyTorch's functions see every map, at this moment."""
+    """Whether global module hooks or a torch function mode see every map now."""
     return bool(module_hooks._has_any_global_hook()) or torch._C._len_torch_function_stack() > 0  # type: ignore[no-untyped-call]
 
 
@@ -124,14 +124,14 @@ def is_identity(module: nn.Module) -> bool:
 
 
 def is_sequence(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Sequential,)) -> bool:
-    """Whether it is one of those very classes, which call one child after the other, without hooks."""
+    """Whether its class is exactly one of `kinds`, which call one child after the other, and it has no hooks."""
     return type(module) in kinds and not is_touched(module)
 
 
 def contents_obstacle(
     module: nn.Module, *, parameters: Collection[str] = (), buffers: Collection[str] = ()
 ) -> str | None:
-    """What the module holds beside some of these parameters and buffers, plain tensors of real numbers in memory."""
+    """What the module holds other than these parameters and buffers as plain tensors; None where there is nothing."""
     for kind, held, known in (
         ("the parameter", module._parameters, parameters),
         ("the buffer", module._buffers, buffers),

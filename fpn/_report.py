@@ -17,7 +17,7 @@ class Report:
         missing: names of the model that the checkpoint lacks.
         unexpected: names of the checkpoint that the model lacks.
         mismatched: name in the model -> (its shape, the checkpoint's shape).
-        notes: what else is to be known of the checkpoint: its source, what its keys cannot tell.
+        notes: the checkpoint's source, and what was assumed because no key says it.
     """
 
     by: str

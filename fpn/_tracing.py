@@ -1,4 +1,4 @@
-"""Who looks on while a model computes: compilers, exporters, transforms."""
+"""Whether a compiler, an exporter or a transform records what a model computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_in
 
 
 def is_exported() -> bool:
-    """Whether what is computed becomes a program for elsewhere, or is transformed by `torch.func`."""
+    """Whether the model is being exported or traced, or transformed by `torch.func`."""
     if torch.compiler.is_compiling():
         return is_exporting()  # else it is torch.compile, for this machine
     return (
@@ -23,12 +23,12 @@ def is_exported() -> bool:
 
 
 def is_recorded() -> bool:
-    """The same, or a mode that sees every operator is on."""
+    """The same, or a dispatch mode that sees every operator is active."""
     if torch.compiler.is_compiling():
         return is_exporting()
     return is_exported() or is_in_torch_dispatch_mode()
 
 
 def is_traced() -> bool:
-    """Whether somebody records, compiles, transforms or differentiates forward what is computed."""
+    """Whether the model is recorded, compiled, transformed or differentiated in forward mode."""
     return torch.compiler.is_compiling() or is_recorded() or forward_ad._current_level >= 0

@@ -60,7 +60,7 @@ class P6P7(ExtraLevels):
     Args:
         c5_channels, out_channels: as `ExtraLevels`.
         on_p5: P6 is made from P5, as in torchvision's first RetinaNet, and not from C5.
-        relu: whether a ReLU stands between P6 and P7. In mmdetection it does only with `relu_before_extra_convs`.
+        relu: whether a ReLU stands between P6 and P7. In mmdetection only with `relu_before_extra_convs`.
         norm_layer: after both convolutions, as in mmdetection's necks with norm.
     """
 

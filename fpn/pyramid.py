@@ -35,7 +35,7 @@ class FPN(nn.Module):
         bottom_up: images -> feature maps, finest first, as a sequence or a dict: a trunk of `fpn.resnet`, a timm
             `features_only` model, `fpn.detection.torchvision_trunk`, torchvision's `create_feature_extractor`, any
             module of yours. Maps are Tensor[N, C, H, W]; or Tensor[N, H, W, C] where its attribute `output_fmt` is
-            "NHWC", as timm's Swin has it, or where it has none and their shapes fit only so.
+            "NHWC", as timm's Swin has it, or where it has no such attribute and only that layout fits their shapes.
         in_channels: channels of those maps. None: as `bottom_up.feature_info` announces them (ours and timm's do).
         strides: pixels of the image per cell of those maps. None: as announced.
         out_channels: channels of every level.
@@ -176,7 +176,7 @@ def top_down(
 
 
 def add_lateral(upsampled: Tensor, lateral: nn.Module, c: Tensor) -> Tensor:
-    """lateral(c) + upsampled, in the memory of `upsampled`, which nobody else reads but a graph of torch.fx."""
+    """lateral(c) + upsampled, written into `upsampled`, which only a graph of torch.fx may still need."""
     if isinstance(upsampled, Proxy):
         return upsampled + cast(Tensor, lateral(c))
     if type(lateral) is FusedConv2d and lateral.activation is None and not is_watched(lateral):

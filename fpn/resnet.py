@@ -230,7 +230,7 @@ class ResNet(nn.Module):
 
     @property
     def checkpointing(self) -> Changes:
-        """Which of the stages that `checkpoint_stages` names are computed again and how; which are not and why."""
+        """Which stages of `checkpoint_stages` are computed again, and how; which are not, and why."""
         stages = {f"layer{number}": self.get_submodule(f"layer{number}") for number in (1, 2, 3, 4)}
         asked = {name for name, wanted in zip(stages, self.checkpoint_stages, strict=True) if wanted}
         return checkpointing_of({name: stage for name, stage in stages.items() if name in asked})

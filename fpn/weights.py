@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor], variant: str) -> Report:
-    """Loads the weights that `weights` names into an FPN, or into its `bottom_up` where they are a classifier's.
+    """Loads weights into an FPN; a classifier's weights go into its `bottom_up`.
 
     The source is recognised as `fpn.from_checkpoint` recognises it, with the same names for the same entries. The model
     stays what it is: a checkpoint of a pyramid must have all of the model's entries, extra levels included.
@@ -74,7 +74,7 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor], v
 
 
 def differences(model: nn.Module, state: Mapping[str, Tensor], names: Names) -> list[str]:
-    """Options that no entry tells, which this model has otherwise than the models of the checkpoint's source."""
+    """Options that no entry shows and that the usual models of the checkpoint's source have otherwise."""
     entries = {ours: value for name, value in state.items() if (ours := names.ours(name)) is not None}
     usual = {"stride_in_1x1": describe_trunk(entries, names.naming, None, 1e-5)["stride_in_1x1"]}
     blocks = [block for block in model.get_submodule("bottom_up").modules() if isinstance(block, Bottleneck)]

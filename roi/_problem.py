@@ -31,7 +31,7 @@ class Pooling(NamedTuple):
     Attributes:
         scales: of each level, cells of the map per unit of the boxes.
         pooled_height, pooled_width: bins of the output.
-        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up. For RoIAlign.
+        sampling_ratio: samples per side of a bin; 0 or less: one for each cell of the side, rounded up. For RoIAlign.
         aligned: whether a cell's value is that at its centre, and not at its corner. For RoIAlign.
         canonical_scale, canonical_level: a box of that size, in its units, belongs to that level (Lin et al., Feature
             Pyramid Networks, 2017, equation 1). With one level they mean nothing.

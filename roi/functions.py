@@ -129,7 +129,7 @@ def roi_align(
         output_size: bins, an int or (height, width).
         spatial_scale: cells of the map per unit of the boxes: 1/16 for boxes in pixels and a map of stride 16. Or
             a pair of them, in height and in width.
-        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
+        sampling_ratio: samples per side of a bin; 0 or less: one for each cell of the side, rounded up.
         aligned: whether cells have their values at their centres (detectron2's ROIAlignV2), as pixels have.
         backend: "torch", "cupy", "torchvision", or "auto": what `set_default_backend` says, else torch for CPU tensors,
             and for CUDA tensors the first that runs of CuPy, torchvision and torch.
@@ -179,7 +179,7 @@ def multiscale_roi_align(
             `features`.
         output_size: bins, an int or (height, width).
         spatial_scales: of each level, cells of the map per unit of the boxes: 1/4, 1/8, … for an FPN's P2, P3, ….
-        sampling_ratio: samples along each side of a bin; 0 or less: as many as the bin is cells long, rounded up.
+        sampling_ratio: samples per side of a bin; 0 or less: one for each cell of the side, rounded up.
         aligned: whether cells have their values at their centres.
         canonical_scale: size in units of the boxes, the root of the area, of a box that belongs to `canonical_level`.
         canonical_level: k of that size.
@@ -284,7 +284,7 @@ def ps_roi_align(
 
     Args:
         input, boxes, output_size, spatial_scale, backend: as in `ps_roi_pool`.
-        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up. A box without
+        sampling_ratio: samples per side of a bin; 0 or less: one for each cell of the side, rounded up. A box without
             an area has then none, and is 0; torchvision gives NaN.
 
     Returns, Raises: as `ps_roi_pool`.

@@ -41,7 +41,7 @@ class RoIAlign(nn.Module):
     Args:
         output_size: bins, an int or (height, width).
         spatial_scale: cells of the map per unit of the boxes, or a pair of them, in height and in width.
-        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
+        sampling_ratio: samples per side of a bin; 0 or less: one for each cell of the side, rounded up.
         aligned: whether cells have their values at their centres.
         backend: "auto", "torch" or "cupy".
     """
@@ -105,7 +105,7 @@ class PSRoIAlign(nn.Module):
     Args:
         output_size: bins, an int or (height, width).
         spatial_scale: cells of the map per unit of the boxes, or a pair of them, in height and in width.
-        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
+        sampling_ratio: samples per side of a bin; 0 or less: one for each cell of the side, rounded up.
         backend: "auto", "torch" or "cupy".
     """
 

@@ -127,7 +127,7 @@ class MultiScaleRoIAlign(_MultiScale):
     Args:
         featmap_names: of the levels, finest first in the dict.
         output_size: bins, an int or (height, width).
-        sampling_ratio: samples of a bin's side; 0 or less: as many as the bin is cells long, rounded up.
+        sampling_ratio: samples per side of a bin; 0 or less: one for each cell of the side, rounded up.
         canonical_scale, canonical_level: as in `multiscale_roi_align`.
         aligned: whether cells have their values at their centres.
         spatial_scales: cells of each map per pixel, 1 / stride: a list in the order of the maps, or a dict by their

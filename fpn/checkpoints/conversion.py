@@ -47,12 +47,12 @@ def from_checkpoint(
 
     The source is recognised by its names: torchvision's detectors, detectron2's, mmdetection's, kuangliu/pytorch-fpn,
     plain ResNet classifiers (torchvision's, timm's, detectron2's ImageNet files) and our own state dicts, with any
-    prefix. Blocks, widths, groups, levels, channels and the kind of norm are read off names and shapes. Of a partly
-    frozen model the frozen batch norm is frozen again; all parameters take a gradient (see `fpn.weights.freeze`).
+    prefix. Blocks, widths, groups, levels, channels and the kind of norm are read off names and shapes. Batch norm that
+    was frozen in the source is frozen again; all parameters take a gradient (see `fpn.weights.freeze`).
     Entries of a detector's heads are left out; a classifier has no pyramid, and gets `FPN`'s default with random
     weights.
 
-    Some of a model is in no name and no shape. For that there are the arguments; what was assumed is in `model.report`
+    Some options are in no name and no shape. The arguments set them; what was assumed is in `model.report`
     and logged at level INFO.
 
     Args:
@@ -113,7 +113,7 @@ def from_checkpoint(
             f"wide, {trunk['norm_layer'].func.__name__}",
             *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
             *((f"batch norm without a counter is frozen, as the checkpoint's: {frozen}",) if frozen else ()),
-            f"not told by the keys: stride_in_1x1={trunk['stride_in_1x1']}, upsample={model.upsample!r}, "
+            f"assumed: stride_in_1x1={trunk['stride_in_1x1']}, upsample={model.upsample!r}, "
             f"extra={told_extra}, norm_eps={norm_eps}, images in {(channel_order or source_order).upper()} "
             f"where the source has {source_order.upper()}",
         ),
@@ -123,7 +123,7 @@ def from_checkpoint(
 
 
 def freeze_uncounted(model: FPN, report: Report) -> str:
-    """Freezes the batch norm whose counter the checkpoint lacks, which was frozen there; says where that is."""
+    """Freezes the batch norm that has no counter in the checkpoint, since it was frozen there; returns its names."""
     uncounted = {
         name: module
         for name, module in model.named_modules()

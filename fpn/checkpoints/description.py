@@ -50,7 +50,7 @@ def describe_trunk(entries: Entries, naming: Naming, stride_in_1x1: bool | None,
 
 
 def describe_levels(entries: Entries, block: Block) -> tuple[int, ...]:
-    """Which stages have a lateral convolution, told by the channels that it takes."""
+    """Which stages have a lateral convolution, recognised by its input channels."""
     stages = {channels * block.expansion: stage for stage, channels in enumerate(STAGE_CHANNELS, start=1)}
     laterals = numbers(r"lateral\.(\d+)\..*", entries)
     if laterals != set(range(len(laterals))):
@@ -95,7 +95,7 @@ def describe_pyramid(
 
 
 def numbers(pattern: str, names: Entries) -> set[int]:
-    """The numbers that the pattern's group is in those names that it fits."""
+    """The numbers that the pattern's group matches in `names`."""
     return {int(found[1]) for name in names if (found := re.fullmatch(pattern, name))}
 
 
@@ -110,7 +110,7 @@ def conv_shape(entries: Entries, name: str) -> tuple[int, int]:
 
 
 def norm_of(entries: Entries, prefix: str, eps: float) -> partial[Any]:
-    """Batch norm with its counter, frozen batch norm without, group norm without statistics."""
+    """Entries with a counter mean batch norm, statistics without one frozen batch norm, no statistics group norm."""
     words = {name.rpartition(".")[2] for name in entries if name.startswith(prefix)}
     if COUNTER in words:
         return partial(nn.BatchNorm2d, eps=eps)

@@ -17,8 +17,8 @@ def export_state_dict(
 ) -> dict[str, Tensor]:
     """The state dict of an FPN over one of our ResNets, under the names of torchvision or detectron2.
 
-    What `from_checkpoint` makes of it is the same model, and what it made of theirs comes back entry for entry (in
-    torchvision's present names where they were those of before 0.13).
+    `from_checkpoint` builds the same model from it. A model that `from_checkpoint` built from a checkpoint of that
+    framework gives the checkpoint's entries back (older torchvision names become the present ones).
 
     Args:
         model: the FPN.
@@ -26,7 +26,7 @@ def export_state_dict(
         prefix: stands before all names. "backbone." is where their detectors have the FPN.
 
     Raises:
-        ValueError: `naming` is neither, or the model computes what that framework's does not.
+        ValueError: `naming` is unknown, or that framework's FPN cannot compute what the model computes.
     """
     namings = {
         "torchvision": (torchvision(conv=".0"), torchvision(conv=".0", norm=".1")),

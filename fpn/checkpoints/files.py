@@ -38,8 +38,8 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU; no code in the file is run.
 
-    Formats, told by content: what `torch.save` writes, new and old (read with `weights_only`); pickles of arrays and
-    tensors in plain containers, as detectron2's model zoo has them; safetensors (with the package of that name).
+    Formats, recognised by content: what `torch.save` writes, new and old (read with `weights_only`); pickles of arrays
+    and tensors in plain containers, as detectron2's model zoo has them; safetensors (with the package of that name).
     See `state_dict_in` for what is taken out of the content.
 
     Raises:
@@ -76,8 +76,8 @@ def byte_size(tensor: Tensor) -> int:
 def state_dict_in(content: Any) -> dict[str, Tensor]:
     """Names and tensors from what a checkpoint file holds.
 
-    A state dict under "state_dict", "model" or "model_state_dict" is taken out; NumPy arrays become tensors; and what
-    wrappers of modules put into the names (`module.`, `_orig_mod.`, …) is taken out of them.
+    A state dict under "state_dict", "model" or "model_state_dict" is taken. NumPy arrays become tensors. Parts of names
+    that wrappers of modules add (`module.`, `_orig_mod.`, …) are removed.
 
     Raises:
         CheckpointError: there is no state dict in it.
@@ -139,7 +139,7 @@ def load_torch(file: Path | BinaryIO) -> Any:
 
 
 def refused_global(error: Exception) -> str:
-    """The name of what torch's unpickler has refused; empty where it has failed for another reason."""
+    """The name that torch's unpickler refused; empty where it failed for another reason."""
     found = re.search(r"GLOBAL ([\w.]*\w)", str(error))
     return found[1] if found else ""
 
@@ -156,7 +156,7 @@ def fail(error: Exception) -> NoReturn:
 
 
 def refuse_inflation(path: Path) -> None:
-    """torch stores what it saves as it is; compressed or overlapping entries are there to fill the memory."""
+    """Refuses compressed or overlapping entries, which torch never writes and which could fill the memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -251,7 +251,7 @@ def ordered_dict(items: Any = ()) -> dict[Any, Any]:
 
 
 class HistoryBuffer:
-    """Stands for mmengine's record of a loss, which its training checkpoints are full of; it keeps nothing."""
+    """Stands for mmengine's record of a loss, which its training checkpoints contain; it keeps nothing."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -298,7 +298,7 @@ class RestrictedUnpickler(pickle._Unpickler):  # the one in Python: its memo tak
         return allowed
 
     def load_build(self) -> None:
-        """State goes to the stand-ins alone: set on anything else it could change functions and classes."""
+        """Sets state on the stand-ins only; on other objects it could change functions and classes."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Array | DType | HistoryBuffer):
             self.stack[-1].__setstate__(state)

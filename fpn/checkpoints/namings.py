@@ -34,7 +34,7 @@ ANCHOR = "bottom_up.layer1.0.conv1.weight"  # an entry that every ResNet has
 
 @dataclass(frozen=True)
 class Naming:
-    """The names of one source, and what its models do that no name tells.
+    """The names of one source, and the options of its models that are in no name.
 
     Attributes:
         source: who names so.

@@ -31,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride-in-1x1",
         action=argparse.BooleanOptionalAction,
-        help="whether a checkpoint's bottlenecks have their stride in the 1×1 convolution, which no name in it tells "
+        help="whether a checkpoint's bottlenecks have their stride in the 1×1 convolution; no name in it says so "
         "(default: as its source's models)",
     )
 
