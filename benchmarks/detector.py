@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from benchmarks import arguments
 from benchmarks.harness import describe, environment, interleaved, ratio, table, write_json
 from fpn.demo.photo import DEFAULT_PHOTO
 from fpn.detection import accelerate
@@ -148,21 +149,23 @@ def measure(model: str, mode: str, height: int, width: int, device: str, runs: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help=f"{MODELS}")
     parser.add_argument(
-        "--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help=f"{list(MODES)}"
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help=", ".join(MODELS)
     )
-    parser.add_argument("--size", default="480x640", metavar="HxW")
-    parser.add_argument("--runs", type=int, default=9, help="rounds that count, after two that do not")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help=", ".join(MODES)
+    )
+    parser.add_argument("--size", type=arguments.size, default=(480, 640), metavar="HxW")
+    parser.add_argument("--runs", type=arguments.count, default=9, help="rounds that count, after two that do not")
+    parser.add_argument("--threads", type=arguments.count, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", type=arguments.device, default=arguments.DEFAULT_DEVICE)
     parser.add_argument("--json", type=Path, help="also write the environment and the rows there")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     facts = environment(torch.device(options.device))
     print(describe(facts), end="\n\n")
-    height, width = map(int, options.size.split("x"))
+    height, width = options.size
     rows = []
     for model, mode in product(options.models, options.modes):
         measured = measure(model, mode, height, width, options.device, options.runs)

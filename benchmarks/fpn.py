@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import fpn
+from benchmarks import arguments
 from benchmarks.harness import describe, environment, interleaved, ratio, table, version_of, write_json
 from fpn.graphs import capture
 from fpn.norm import FrozenBatchNorm2d
@@ -42,6 +43,7 @@ from tests.reference.random_weights import randomise
 Network = Callable[[Tensor], Any]
 Prepare = Callable[[nn.Module, Tensor], Network]
 
+MODELS = ("FPN18", "FPN34", "FPN50", "FPN101", "FPN152")
 FROZEN, PLAIN = "frozen batch norm", "batch norm"
 
 
@@ -348,18 +350,25 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["FPN50", "FPN101"], metavar="NAME")
-    parser.add_argument("--sizes", nargs="+", default=["480x640"], metavar="HxW")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
+    names = list(dict.fromkeys(form.name for forms in MODES.values() for form in forms))
     parser.add_argument(
-        "--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help=f"{list(MODES)}"
+        "--models", nargs="+", default=["FPN50", "FPN101"], choices=MODELS, metavar="NAME", help=", ".join(MODELS)
+    )
+    parser.add_argument("--sizes", nargs="+", default=[(480, 640)], type=arguments.size, metavar="HxW")
+    parser.add_argument("--batches", nargs="+", type=arguments.count, default=[1], metavar="N")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help=", ".join(MODES)
     )
     parser.add_argument(
-        "--forms", nargs="+", metavar="NAME", help="only forms of these names, e.g. fused 'folded, compiled'"
+        "--forms",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"only these forms, beside the first of a mode (default: all): {', '.join(map(repr, names))}",
     )
-    parser.add_argument("--runs", type=int, default=9, help="rounds that count, after two that do not")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--runs", type=arguments.count, default=9, help="rounds that count, after two that do not")
+    parser.add_argument("--threads", type=arguments.count, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", type=arguments.device, default=arguments.DEFAULT_DEVICE)
     parser.add_argument("--memory", action="store_true", help="also peak memory, of each form in a process of its own")
     parser.add_argument("--json", type=Path, help="also write the environment and the rows there")
     parser.add_argument("--plot", type=Path, help="also draw inference, by model, image size and batch, there")
@@ -372,10 +381,9 @@ def main() -> None:
     print(describe(facts), end="\n\n")
     rows = []
     for model, size, batch, mode in product(options.models, options.sizes, options.batches, options.modes):
-        height, width = map(int, size.split("x"))
         first, *rest = (form for form in MODES[mode] if form.runs_on(options.device))
         chosen = [form for form in rest if not options.forms or form.name in options.forms]
-        shape = (batch, 3, height, width)
+        shape = (batch, 3, *size)
         rows += measure(mode, [first, *chosen], model, shape, options.device, options.runs, options.memory)
         print(table(rows[-len(chosen) - 1 :]), end="\n\n", flush=True)
         if options.json:  # after every problem: what was measured stays if the next one fails

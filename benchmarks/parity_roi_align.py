@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 import roi
+from benchmarks import arguments
 from benchmarks.harness import describe, environment
 from roi.torch_path.bins import roi_windows
 from tests.reference.random_boxes import KINDS
@@ -197,11 +198,11 @@ def differences(case: Case, backend: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--cases", type=arguments.count, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="run only the case of this number")
     parser.add_argument("--backend", choices=["torch", "cupy", "auto"], default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=arguments.device, default=arguments.DEFAULT_DEVICE)
     options = parser.parse_args()
     device = torch.device(options.device)
     print(describe(environment(device)), end="\n\n")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import roi
+from benchmarks import arguments
 from benchmarks.harness import (
     describe,
     device_milliseconds,
@@ -184,12 +185,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default: all on CUDA, float32 on the CPU")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--runs", type=int, help="rounds that count (default: 50 on CUDA, at most 30 on the CPU)")
+    parser.add_argument(
+        "--runs", type=arguments.count, help="rounds that count (default: 50 on CUDA, at most 30 on the CPU)"
+    )
     parser.add_argument(
         "--seconds", type=float, default=10, help="on the CPU fewer rounds where they would take longer"
     )
-    parser.add_argument("--threads", nargs="+", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", nargs="+", type=arguments.count, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", type=arguments.device, default=arguments.DEFAULT_DEVICE)
     parser.add_argument("--json", type=Path, help="also write the environment and the rows there")
     parser.add_argument("--plot", type=Path, help="also draw the rows there")
     options = parser.parse_args()

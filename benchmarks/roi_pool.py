@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 import roi
+from benchmarks import arguments
 from benchmarks.harness import (
     copy_bandwidth,
     describe,
@@ -493,12 +494,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--runs", type=int, help="rounds that count (default: 50 on CUDA, at most 9 on the CPU)")
+    parser.add_argument(
+        "--runs", type=arguments.count, help="rounds that count (default: 50 on CUDA, at most 9 on the CPU)"
+    )
     parser.add_argument(
         "--seconds", type=float, help="on the CPU fewer rounds, down to 3, where they would take longer"
     )
-    parser.add_argument("--threads", nargs="+", type=int, help="CPU threads (default: torch's; 1 and 2 with --grid)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--threads", nargs="+", type=arguments.count, help="CPU threads (default: torch's; 1 and 2 with --grid)"
+    )
+    parser.add_argument("--device", type=arguments.device, default=arguments.DEFAULT_DEVICE)
     parser.add_argument("--grid", action="store_true", help="extremes instead of the workloads")
     parser.add_argument("--json", type=Path, help="also write the environment and the rows there")
     parser.add_argument("--plot", type=Path, help="also draw the rows there")

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import roi
+from benchmarks import arguments
 from benchmarks.harness import describe, environment, interleaved, ratio, rounds_within, table, write_json
 from benchmarks.workloads import LARGE_IMAGE
 from roi._problem import Pooling
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--modes", nargs="+", choices=("forward", "both"), default=("forward", "both"))
-    parser.add_argument("--runs", type=int, default=30, help="rounds that count, at most")
+    parser.add_argument("--runs", type=arguments.count, default=30, help="rounds that count, at most")
     parser.add_argument("--seconds", type=float, default=5, help="fewer rounds where they would take longer")
     parser.add_argument("--json", type=Path, help="also write the environment and the rows there")
     options = parser.parse_args()

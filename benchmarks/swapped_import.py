@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder 
 
 import torch
 
+from benchmarks import arguments
 from benchmarks.harness import describe, environment, interleaved, ratio, table, write_json
 from tests.reference.swapped_import import Calls, both, compare, inputs
 
@@ -30,10 +31,10 @@ def forward(calls: Calls, names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rois", type=int, default=512, help="of each of the two images")
-    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--rois", type=arguments.count, default=512, help="of each of the two images")
+    parser.add_argument("--channels", type=arguments.count, default=256)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1344), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=arguments.count, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
