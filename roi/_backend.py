@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,17 @@ def warn(operator: str, path: str, problems: Sequence[str]) -> None:
     reason = "; ".join(problems)
     if problems and reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"{operator} runs on {path}, slower than CuPy's kernels: {reason}", stacklevel=3)
+        warnings.warn(
+            f"{operator} runs on {path}, slower than CuPy's kernels: {reason}", stacklevel=levels_to_user() + 1
+        )
+
+
+def levels_to_user() -> int:
+    """How many frames lie between the caller of this function and the first one outside of roi and torch, and 1."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("roi", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level - 1
 
 
 @cache

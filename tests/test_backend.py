@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -76,14 +77,32 @@ def test_auto_falls_back_with_one_warning_that_says_why(monkeypatch: pytest.Monk
     monkeypatch.setattr(backend, "cupy_problem", lambda device_type: "CuPy does not import (reason)")
     monkeypatch.setattr(backend, "torchvision_problem", lambda device_type: "torchvision has no operators")
     expected = r"roi_pool runs on the torch path.*CuPy does not import \(reason\); torchvision has no operators"
-    with pytest.warns(UserWarning, match=expected):
+    with pytest.warns(UserWarning, match=expected) as caught:
         output = backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
     assert torch.equal(output, EXPECTED)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend.run("max_pool", "roi_pool", CUDA, "auto", *ARGUMENTS)
     assert roi.backend_info().cuda == "torch"
     assert "(CuPy does not import (reason); torchvision has no operators)" in str(roi.backend_info())
+
+
+def test_the_warning_points_at_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public function, the dispatcher and autograd."""
+    program = """
+def run(function, operator, *rest):
+    backend.warn(operator, "the torch path", [function])
+    return original(function, operator, *rest)
+"""
+    inside: dict[str, Any] = {"__name__": "roi.inside", "backend": backend, "original": backend.run}
+    exec(program, inside)
+    monkeypatch.setattr(backend, "run", inside["run"])
+    features = torch.rand(1, 2, 8, 8, requires_grad=True)
+    for pool in (roi.roi_pool, roi.roi_align):
+        with pytest.warns(UserWarning, match="slower than CuPy's kernels") as caught:
+            pool(features, torch.tensor([[0.0, 0, 0, 5, 5]]), 2)
+        assert caught[0].filename == __file__
 
 
 @pytest.mark.torchvision

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from fpn.demo import draw
@@ -42,6 +42,23 @@ def make_drawing(size: tuple[int, int] = (320, 240), boxes: int = 4) -> draw.Dra
         facts="photo.png   ·   model input 320 × 240",
         weights="Random weights (seed 0)",
     )
+
+
+@pytest.mark.parametrize("size", [(320, 240), (3000, 20), (20, 3000)])
+def test_every_box_has_its_number(size: tuple[int, int]) -> None:
+    """Beside a flat photo the badges are off its axes, where matplotlib leaves annotations out."""
+    figure = draw.draw(make_drawing(size))
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    badges = [text for text in figure.findobj(Annotation) if text.get_text() in "1234"]
+    assert len(badges) == 8  # on the photo and over the tiles
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[::-1, :, :3].astype(int).sum(axis=2)
+    for badge in badges:
+        box = badge.get_window_extent(renderer)
+        inside = pixels[round(box.y0) : round(box.y1), round(box.x0) : round(box.x1)]
+        assert inside.min() < 250  # the number is dark
+        assert inside.max() > 300  # and what it lies on is not
 
 
 def test_heat_map_is_the_l2_norm() -> None:

@@ -35,7 +35,7 @@ ABOUT_FEATURES = """\
   features.npz  p2, p3, p4, p5, or the levels there are, (1, 256, h, w); boxes (K, 4) in pixels of
                 the photo; model_boxes (K, 4) in pixels of the model's input; levels (K,), the k
                 of the level Pk that a box is pooled from; rois (K, 256, 7, 7), RoI max pooled.
-                60 to 90 MB for a photo: it holds float32 numbers, uncompressed."""
+                55 to 90 MB for most photos: float32 numbers, uncompressed."""
 
 ABOUT_RUNS = """\
 The photo is turned upright (EXIF) and resized as detectors do: shorter side 800, longer side at

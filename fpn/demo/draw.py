@@ -337,7 +337,8 @@ def draw_badge(axes: Axes, x: float, y: float, side: float, index: int) -> None:
     square = Rectangle((x, y), side, side, facecolor=box_color(index), edgecolor=INK, lw=0.6, clip_on=False, zorder=4)
     axes.add_patch(square)
     center = (x + side / 2, y + side / 2)
-    axes.annotate(str(index + 1), center, size=9, weight="bold", ha="center", va="center_baseline", zorder=5)
+    style: dict[str, Any] = {"size": 9, "weight": "bold", "ha": "center", "va": "center_baseline", "zorder": 5}
+    axes.annotate(str(index + 1), center, annotation_clip=False, **style)  # beside a flat photo it is off its axes
 
 
 def box_color(index: int) -> str:
