@@ -74,7 +74,8 @@ def is_watched(module: nn.Module) -> bool:
 
 def all_is_watched() -> bool:
     """Whether global module hooks or a torch function mode see every map now."""
-    return bool(module_hooks._has_any_global_hook()) or torch._C._len_torch_function_stack() > 0  # type: ignore[no-untyped-call]
+    hooks = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+    return bool(hooks) or torch._C._len_torch_function_stack() > 0
 
 
 def conv_obstacle(module: nn.Module) -> str | None:
