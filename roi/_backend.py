@@ -88,6 +88,11 @@ def run(function: str, operator: str, device: torch.device, backend: str, *args:
     return getattr(torch_path, function)(*args)
 
 
+def shown(backend: str) -> str:
+    """A module's backend in its repr, which is torchvision's where the backend is the default."""
+    return "" if backend == "auto" else f", backend={backend!r}"
+
+
 def candidates(wanted: str) -> tuple[str, ...]:
     """The paths besides torch's that are tried on CUDA tensors, best first."""
     return ("cupy", "torchvision") if wanted == "auto" else (wanted,)

@@ -301,9 +301,9 @@ def test_modules_are_the_functions() -> None:
     )
     assert align.output_size == (7, 5)
     assert repr(align) == (
-        "MultiScaleRoIAlign(featmap_names=['a', 'b', 'c', 'd'], output_size=(7, 5), sampling_ratio=2, backend='auto')"
+        "MultiScaleRoIAlign(featmap_names=['a', 'b', 'c', 'd'], output_size=(7, 5), sampling_ratio=2)"
     )
-    assert repr(pool) == "MultiScaleRoIPool(featmap_names=['a', 'b', 'c', 'd'], output_size=(3, 3), backend='auto')"
+    assert repr(pool) == "MultiScaleRoIPool(featmap_names=['a', 'b', 'c', 'd'], output_size=(3, 3))"
 
 
 @pytest.mark.parametrize("op", [multiscale_roi_align, multiscale_roi_pool])
