@@ -574,13 +574,17 @@ def test_from_one_framework_to_the_other(naming: str, extra: Any, prefix: str) -
 @pytest.mark.parametrize(
     ("model", "naming", "message"),
     [
-        (FPN18, "torchvision", "has no upsample='bilinear', no smooth_top=False"),
+        (FPN18, "torchvision", "does not have: upsample='bilinear', smooth_top=False"),
         (FPN18, "mmdetection", "naming must be one of"),
-        (partial(FPN50, trunk=CAFFE, upsample="nearest", smooth_top=True), "torchvision", "no stride_in_1x1=True"),
+        (
+            partial(FPN50, trunk=CAFFE, upsample="nearest", smooth_top=True),
+            "torchvision",
+            "does not have: stride_in_1x1=True",
+        ),
         (
             partial(FPN18, upsample="nearest", smooth_top=True, extra=partial(P6P7, relu=False)),
             "detectron2",
-            "no no ReLU between P6 and P7",
+            r"does not have: P6P7\(relu=False\)",
         ),
         (
             lambda: FPN(
@@ -593,7 +597,7 @@ def test_from_one_framework_to_the_other(naming: str, extra: Any, prefix: str) -
                 extra=partial(P6P7, norm_layer=nn.BatchNorm2d),
             ),
             "detectron2",
-            "no the entry extra.p6.0.weight",
+            "does not have: entry extra.p6.0.weight",
         ),
     ],
 )

@@ -37,17 +37,17 @@ def export_state_dict(
     state = model.state_dict()
     names = Names(namings[naming]["lateral.0.1.weight" in state], prefix, len(model.lateral))
     theirs = {name: names.theirs(name) for name in state}
-    unlike = [f"the entry {name}" for name, other in theirs.items() if other is None]
+    unlike = [f"entry {name}" for name, other in theirs.items() if other is None]
     if model.upsample != "nearest":
         unlike.append(f"upsample={model.upsample!r}")
     if isinstance(model.smooth[0], nn.Identity):
         unlike.append("smooth_top=False")
     if isinstance(model.extra, P6P7) and not model.extra.relu:
-        unlike.append("no ReLU between P6 and P7")
+        unlike.append("P6P7(relu=False)")
     if naming == "torchvision" and any(
         isinstance(module, Bottleneck) and module.conv1.stride != (1, 1) for module in model.bottom_up.modules()
     ):
         unlike.append("stride_in_1x1=True")
     if unlike:
-        raise ValueError(f"{naming}'s FPN has no {', no '.join(unlike[:5])}")
+        raise ValueError(f"{naming}'s FPN does not have: {', '.join(unlike[:5])}")
     return {other: state[name] for name, other in theirs.items() if other is not None}
