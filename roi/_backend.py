@@ -32,6 +32,11 @@ def check_backend(backend: str, name: str = "backend") -> str:
     return backend
 
 
+def backend_repr(backend: str) -> str:
+    """What a module's repr says of it: nothing by default, so that the repr is torchvision's."""
+    return "" if backend == "auto" else f", backend={backend!r}"
+
+
 def default_backend() -> str:
     """What backend="auto" means in this process: at first the environment variable ROI_BACKEND, else "auto".
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from roi._arguments import check_canonical, check_scale, output_pair
+from roi._backend import backend_repr
 from roi._boxes import Boxes, as_rois
 from roi._problem import LEVEL_EPSILON, level_range, memory_format
 from roi.functions import multiscale_roi_align, multiscale_roi_pool, roi_align, roi_pool
@@ -180,7 +181,7 @@ class MultiScaleRoIAlign(_MultiScale):
 
     def extra_repr(self) -> str:
         aligned = ", aligned=True" if self.aligned else ""
-        return f"{super().extra_repr()}, sampling_ratio={self.sampling_ratio}{aligned}, backend={self.backend!r}"
+        return f"{super().extra_repr()}, sampling_ratio={self.sampling_ratio}{aligned}{backend_repr(self.backend)}"
 
 
 class MultiScaleRoIPool(_MultiScale):
@@ -209,7 +210,7 @@ class MultiScaleRoIPool(_MultiScale):
         return pool_levels(maps, boxes, self.output_size, scales, mapper, self.backend)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, backend={self.backend!r}"
+        return super().extra_repr() + backend_repr(self.backend)
 
 
 # What follows is a node of a graph of torch.fx each: what a Proxy stands for is not known while it is recorded.

@@ -339,7 +339,9 @@ def test_module_is_the_function() -> None:
     input, rois = torch.randn(2, 3, 8, 8), ordinary_boxes(9, 2, 64, 64)
     module = RoIPool((3, 2), 1 / 8)
     assert same_bits(module(input, rois), roi_pool(input, rois, (3, 2), 1 / 8))
-    assert repr(module) == "RoIPool(output_size=(3, 2), spatial_scale=0.125, backend='auto')"
+    assert repr(module) == "RoIPool(output_size=(3, 2), spatial_scale=0.125)"
+    module = RoIPool((3, 2), 1 / 8, backend="torch")
+    assert repr(module) == "RoIPool(output_size=(3, 2), spatial_scale=0.125, backend='torch')"
 
 
 # --- the operator's contract with PyTorch
