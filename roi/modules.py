@@ -1,6 +1,6 @@
 """The operators as modules, with torchvision's names and arguments."""
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 from collections.abc import Sequence
 

@@ -4,7 +4,7 @@ Where torchvision is installed its own pooler is their base class: the construct
 `import roi` imports this module, and so torchvision, when one of its classes is first asked for.
 """
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

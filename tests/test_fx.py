@@ -1,4 +1,4 @@
-"""torch.fx: pyramids and RoI modules recorded; pyramids cut by torchvision's `create_feature_extractor`, quantized."""
+"""torch.fx and torch.jit: pyramids and RoI modules recorded; pyramids cut by `create_feature_extractor`, quantized."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fpn import FPN, FPN18, FPN34, FPN50, FPN101, FPN152
+from fpn import FPN, FPN18, FPN34, FPN50, FPN101, FPN152, SimpleFeaturePyramid
+from fpn.detection import Detectron2Backbone, TorchvisionBackbone
 from fpn.norm import FrozenBatchNorm2d
+from fpn.resnet import resnet18
 from roi import (
     MultiScaleRoIAlign,
     MultiScaleRoIPool,
@@ -87,11 +89,49 @@ def test_a_graph_trains_and_is_saved() -> None:
     sum(level.square().mean() for level in model(images)).backward()
     for gradient, parameter in zip(gradients, graph.parameters(), strict=True):
         assert relative_error(gradient, parameter.grad) < 1e-4  # two formulas of frozen batch norm
+    twin = saved_and_loaded(graph)
+    assert all(torch.equal(a, b) for a, b in zip(twin(images), graph(images), strict=True))
+
+
+def saved_and_loaded(graph: fx.GraphModule) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(graph, buffer)
     buffer.seek(0)
-    twin = torch.load(buffer, weights_only=False)
-    assert all(torch.equal(a, b) for a, b in zip(twin(images), graph(images), strict=True))
+    twin: nn.Module = torch.load(buffer, weights_only=False)
+    return twin
+
+
+class Patches(nn.Module):
+    """A trunk with one map, as a plain ViT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 16, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+
+AROUND: dict[str, Callable[[], nn.Module]] = {
+    "trunk": resnet18,
+    "TorchvisionBackbone": lambda: TorchvisionBackbone(FPN18()),
+    "Detectron2Backbone": lambda: Detectron2Backbone(FPN18(extra="p6p7")),
+    "SimpleFeaturePyramid": lambda: SimpleFeaturePyramid(Patches(), 8, 16, out_channels=8),
+}
+
+
+def as_list(output: Any) -> list[Tensor]:
+    return list(output.values() if isinstance(output, dict) else output)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_graphs_of_what_is_around_a_pyramid_are_saved(name: str) -> None:
+    torch.manual_seed(0)
+    model, images = AROUND[name]().eval(), torch.randn(1, 3, 64, 96)
+    twin = saved_and_loaded(fx.symbolic_trace(model))
+    with torch.no_grad():
+        levels, expected = as_list(twin(images)), as_list(model(images))
+    assert all(torch.equal(a, b) for a, b in zip(levels, expected, strict=True))
 
 
 class Leaf(fx.Tracer):
@@ -177,6 +217,24 @@ def test_levels_and_stages_by_name(build: Build, fused: bool) -> None:
 
 @pytest.mark.torchvision
 @pytest.mark.filterwarnings("ignore:NOTE")
+@pytest.mark.parametrize("name", ["FPN18", "trunk", "TorchvisionBackbone", "Detectron2Backbone"])
+def test_extractors_are_scripted(name: str) -> None:
+    """torchvision's own test of its extractors scripts them."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    torch.manual_seed(0)
+    model = (AROUND | {"FPN18": FPN18})[name]().eval()
+    last = [node for node in get_graph_node_names(model)[1] if "getitem" not in node][-1]
+    extractor = create_feature_extractor(model, {last: "last"})
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        found, expected = torch.jit.script(extractor)(images), extractor(images)
+    assert torch.is_tensor(expected["last"])
+    assert relative_error(found["last"], expected["last"]) < 1e-6
+
+
+@pytest.mark.torchvision
+@pytest.mark.filterwarnings("ignore:NOTE")
 def test_an_extractor_trains() -> None:
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -248,6 +306,7 @@ def test_roi_operators_are_recorded_as_one_node(name: str) -> None:
     ]
     assert len(recorded) == 1
     assert recorded[0].replace("_", "").lower() == name.replace("_", "").lower()
+    graph = saved_and_loaded(graph) if name in MODULES else graph
     for x, boxes in ((maps()[0], proposals(20)), (maps()[0][..., :17, :], proposals(3))):
         leaf, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
         found, expected = graph(leaf, boxes), call(twin, boxes)
@@ -288,7 +347,7 @@ def test_poolers_are_recorded_in_heads(name: str, options: dict[str, Any]) -> No
     for count in (1, 30):
         given = features, proposals(count), IMAGES
         expected = heads(*given)
-        graphs.append(fx.symbolic_trace(heads))
+        graphs += [fx.symbolic_trace(heads), saved_and_loaded(fx.symbolic_trace(heads))]
         for graph in graphs:
             assert all(torch.equal(a, b) for a, b in zip(graph(*given), expected, strict=True))
     if name == "MultiScaleRoIAlign":
@@ -299,8 +358,6 @@ def test_poolers_are_recorded_in_heads(name: str, options: dict[str, Any]) -> No
 @pytest.mark.torchvision
 def test_a_recorded_pooler_serves_a_detector() -> None:
     from torchvision.models.detection import FasterRCNN
-
-    from fpn.detection import TorchvisionBackbone
 
     torch.manual_seed(0)
     pyramid = FPN18(upsample="nearest", smooth_top=True, extra="maxpool")
@@ -315,6 +372,56 @@ def test_a_recorded_pooler_serves_a_detector() -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert len(ours["boxes"]) == 20
         assert all(torch.equal(ours[key], theirs[key]) for key in ("boxes", "labels", "scores"))
+
+
+# --- torch.jit.trace
+
+
+def traced(model: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Its TorchScript program, saved and loaded."""
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, inputs, check_trace=False), buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *MODULES])
+def test_programs_of_roi_operators_take_any_boxes_and_maps(name: str) -> None:
+    call = FUNCTIONS[name] if name in FUNCTIONS else MODULES[name]()
+
+    def pooled(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return call(x, [first, second])
+
+    program = traced(pooled, maps()[0], *proposals(5))
+    for x, count in ((maps()[0], 30), (maps()[0][..., :17, :20], 4)):
+        assert torch.equal(program(x, *proposals(count)), pooled(x, *proposals(count)))
+    none = torch.zeros(0, 4)
+    assert program(x, none, none).shape[0] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"spatial_scales": SCALES}], ids=["inferred", "given"])
+@pytest.mark.parametrize("name", POOLERS)
+def test_programs_of_poolers(name: str, options: dict[str, Any]) -> None:
+    pooler = POOLERS[name](**options)
+
+    def pooled(p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return pooler(dict(zip("0123", (p2, p3, p4, p5), strict=True)), [first, second], IMAGES)
+
+    program = traced(pooled, *maps(), *proposals(5))
+    larger = [nn.functional.pad(level, (0, 3, 0, 2)) for level in maps()]
+    for levels, count in ((maps(), 30), (larger, 2)):
+        assert torch.equal(program(*levels, *proposals(count)), pooled(*levels, *proposals(count)))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_a_scripted_model_holds_a_traced_pyramid(fused: bool) -> None:
+    model = random_fpn(FPN18, fused)
+    program = torch.jit.script(nn.Sequential(traced(model, torch.randn(1, 3, 64, 64))))
+    with torch.no_grad():
+        for size in ((96, 64), (33, 70)):
+            images = torch.randn(2, 3, *size)
+            for level, expected in zip(program(images), model(images), strict=True):
+                assert relative_error(level, expected) < 1e-5
 
 
 # --- PyTorch's graph-mode quantization
