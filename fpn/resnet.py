@@ -4,7 +4,7 @@ Residual networks: He et al., Deep Residual Learning for Image Recognition (2015
 Wide ResNet: Zagoruyko & Komodakis (2016). State keys are torchvision's without `fc`.
 """
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast

@@ -1,6 +1,6 @@
 """ViTDet's pyramid from one map: Li et al., Exploring Plain Vision Transformer Backbones (2022), section 3."""
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 import math
 from collections.abc import Sequence

@@ -32,6 +32,11 @@ def check_backend(backend: str, name: str = "backend") -> str:
     return backend
 
 
+def backend_repr(backend: str) -> str:
+    """What a module's repr says of it: nothing by default, so that the repr is torchvision's."""
+    return "" if backend == "auto" else f", backend={backend!r}"
+
+
 def default_backend() -> str:
     """What backend="auto" means in this process: at first the environment variable ROI_BACKEND, else "auto".
 
@@ -86,11 +91,6 @@ def run(function: str, operator: str, device: torch.device, backend: str, *args:
         raise RuntimeError(f"backend {wanted!r} cannot run {operator}: {problems[0]}")
     warn(operator, "the torch path", problems)
     return getattr(torch_path, function)(*args)
-
-
-def shown(backend: str) -> str:
-    """A module's backend in its repr, which is torchvision's where the backend is the default."""
-    return "" if backend == "auto" else f", backend={backend!r}"
 
 
 def candidates(wanted: str) -> tuple[str, ...]:

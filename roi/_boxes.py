@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PerImage = Tensor | NDArray[Any]
-Boxes = PerImage | Sequence[PerImage]
+# Unions of this form, for torch 2.6 cannot write the annotation A | B of a forward() into the code of a graph.
+PerImage = Union[Tensor, NDArray[Any]]  # noqa: UP007
+Boxes = Union[PerImage, Sequence[PerImage]]  # noqa: UP007
 
 # Integers that float32 holds all of; larger ones go to float64, which holds all that are below 2^53.
 SHORT_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16)

@@ -1,12 +1,12 @@
 """The operators as modules, with torchvision's names and arguments."""
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from roi._backend import shown
+from roi._backend import backend_repr
 from roi._boxes import Boxes
 from roi.functions import ps_roi_align, ps_roi_pool, roi_align, roi_pool
 
@@ -33,7 +33,7 @@ class RoIPool(nn.Module):
         return roi_pool(input, rois, self.output_size, self.spatial_scale, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}{shown(self.backend)}"
+        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}{backend_repr(self.backend)}"
 
 
 class RoIAlign(nn.Module):
@@ -71,7 +71,7 @@ class RoIAlign(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}{shown(self.backend)}"
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}{backend_repr(self.backend)}"
         )
 
 
@@ -97,7 +97,7 @@ class PSRoIPool(nn.Module):
         return ps_roi_pool(input, rois, self.output_size, self.spatial_scale, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}{shown(self.backend)}"
+        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}{backend_repr(self.backend)}"
 
 
 class PSRoIAlign(nn.Module):
@@ -132,5 +132,5 @@ class PSRoIAlign(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}{shown(self.backend)}"
+            f"sampling_ratio={self.sampling_ratio}{backend_repr(self.backend)}"
         )

@@ -4,7 +4,7 @@ Where torchvision is installed its own pooler is their base class: the construct
 `import roi` imports this module, and so torchvision, when one of its classes is first asked for.
 """
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from roi._arguments import check_canonical, check_scale, output_pair
-from roi._backend import shown
+from roi._backend import backend_repr
 from roi._boxes import Boxes, as_rois
 from roi._problem import LEVEL_EPSILON, level_range, memory_format
 from roi.functions import multiscale_roi_align, multiscale_roi_pool, roi_align, roi_pool
@@ -181,7 +181,7 @@ class MultiScaleRoIAlign(_MultiScale):
 
     def extra_repr(self) -> str:
         aligned = ", aligned=True" if self.aligned else ""
-        return f"{super().extra_repr()}, sampling_ratio={self.sampling_ratio}{aligned}{shown(self.backend)}"
+        return f"{super().extra_repr()}, sampling_ratio={self.sampling_ratio}{aligned}{backend_repr(self.backend)}"
 
 
 class MultiScaleRoIPool(_MultiScale):
@@ -210,7 +210,7 @@ class MultiScaleRoIPool(_MultiScale):
         return pool_levels(maps, boxes, self.output_size, scales, mapper, self.backend)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{shown(self.backend)}"
+        return super().extra_repr() + backend_repr(self.backend)
 
 
 # What follows is a node of a graph of torch.fx each: what a Proxy stands for is not known while it is recorded.

@@ -304,6 +304,11 @@ def test_modules_are_the_functions() -> None:
         "MultiScaleRoIAlign(featmap_names=['a', 'b', 'c', 'd'], output_size=(7, 5), sampling_ratio=2)"
     )
     assert repr(pool) == "MultiScaleRoIPool(featmap_names=['a', 'b', 'c', 'd'], output_size=(3, 3))"
+    align = MultiScaleRoIAlign(["a"], 7, 2, aligned=True, backend="torch")
+    options = "sampling_ratio=2, aligned=True, backend='torch'"
+    assert repr(align) == f"MultiScaleRoIAlign(featmap_names=['a'], output_size=(7, 7), {options})"
+    pool = MultiScaleRoIPool(["a"], 7, backend="torch")
+    assert repr(pool) == "MultiScaleRoIPool(featmap_names=['a'], output_size=(7, 7), backend='torch')"
 
 
 @pytest.mark.parametrize("op", [multiscale_roi_align, multiscale_roi_pool])

@@ -175,8 +175,14 @@ def test_modules_are_the_functions() -> None:
     pool, align = PSRoIPool((3, 2), 1 / 8), PSRoIAlign((3, 2), 1 / 8, 2)
     assert same_bits(pool(input, rois), ps_roi_pool(input, rois, (3, 2), 1 / 8))
     assert same_bits(align(input, rois), ps_roi_align(input, rois, (3, 2), 1 / 8, 2))
-    assert repr(pool) == "PSRoIPool(output_size=(3, 2), spatial_scale=0.125)"
-    assert repr(align) == "PSRoIAlign(output_size=(3, 2), spatial_scale=0.125, sampling_ratio=2)"
+    options = "output_size=(3, 2), spatial_scale=0.125"
+    assert repr(pool) == f"PSRoIPool({options})"
+    assert repr(align) == f"PSRoIAlign({options}, sampling_ratio=2)"
+    assert repr(PSRoIPool((3, 2), 1 / 8, backend="torch")) == f"PSRoIPool({options}, backend='torch')"
+    assert (
+        repr(PSRoIAlign((3, 2), 1 / 8, 2, backend="torch"))
+        == f"PSRoIAlign({options}, sampling_ratio=2, backend='torch')"
+    )
     parts = [rois[rois[:, 0] == image, 1:] for image in range(2)]
     ordered = rois[rois[:, 0].argsort(stable=True)]
     assert same_bits(pool(input, parts), pool(input, ordered))

@@ -328,7 +328,9 @@ def test_module_is_the_function() -> None:
     input, rois = torch.randn(2, 3, 8, 8), ordinary_boxes(9, 2, 64, 64)
     module = RoIAlign((3, 2), 1 / 8, 2, aligned=True)
     assert same_bits(module(input, rois), roi_align(input, rois, (3, 2), 1 / 8, 2, True))
-    assert repr(module) == ("RoIAlign(output_size=(3, 2), spatial_scale=0.125, sampling_ratio=2, aligned=True)")
+    expected = "output_size=(3, 2), spatial_scale=0.125, sampling_ratio=2, aligned=True"
+    assert repr(module) == f"RoIAlign({expected})"
+    assert repr(RoIAlign((3, 2), 1 / 8, 2, True, backend="torch")) == f"RoIAlign({expected}, backend='torch')"
 
 
 # --- the operator's contract with PyTorch

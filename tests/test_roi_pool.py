@@ -340,7 +340,8 @@ def test_module_is_the_function() -> None:
     module = RoIPool((3, 2), 1 / 8)
     assert same_bits(module(input, rois), roi_pool(input, rois, (3, 2), 1 / 8))
     assert repr(module) == "RoIPool(output_size=(3, 2), spatial_scale=0.125)"
-    assert repr(RoIPool(7, 0.5, backend="torch")) == "RoIPool(output_size=7, spatial_scale=0.5, backend='torch')"
+    module = RoIPool((3, 2), 1 / 8, backend="torch")
+    assert repr(module) == "RoIPool(output_size=(3, 2), spatial_scale=0.125, backend='torch')"
 
 
 # --- the operator's contract with PyTorch

@@ -1,6 +1,6 @@
 """Our pyramids under the protocols of torchvision's and detectron2's detectors; neither has to be installed."""
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward() into its graphs, as names and not strings.
 
 import math
 from collections import OrderedDict
@@ -80,7 +80,7 @@ class TorchvisionBackbone(_NamedLevels):
         """Of each level by its name, cells per pixel: what `roi.MultiScaleRoIAlign(spatial_scales=)` takes."""
         return scales_of(self)
 
-    def fuse(self) -> TorchvisionBackbone:
+    def fuse(self) -> "TorchvisionBackbone":
         """The inference form, as `FPN.fuse`.
 
         Raises:
