@@ -347,7 +347,9 @@ def test_poolers_are_recorded_in_heads(name: str, options: dict[str, Any]) -> No
     for count in (1, 30):
         given = features, proposals(count), IMAGES
         expected = heads(*given)
-        graphs += [fx.symbolic_trace(heads), saved_and_loaded(fx.symbolic_trace(heads))]
+        graphs.append(fx.symbolic_trace(heads))
+        twin = saved_and_loaded(fx.symbolic_trace(heads.box_roi_pool))
+        assert torch.equal(twin(*given), heads.box_roi_pool(*given))
         for graph in graphs:
             assert all(torch.equal(a, b) for a, b in zip(graph(*given), expected, strict=True))
     if name == "MultiScaleRoIAlign":
