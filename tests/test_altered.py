@@ -69,18 +69,29 @@ def test_activations(name: str, block: type[BasicBlock] | type[Bottleneck]) -> N
     assert relative_error(gradients[1], gradients[0]) < 1e-9
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def every_second_column(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, dim=3)[..., ::2]
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("added", [None, torch.Tensor.contiguous, channels_last, every_second_column])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_an_activation_in_a_convolution(name: str, added: bool, size: int, dtype: torch.dtype) -> None:
-    """By oneDNN, by Winograd's algorithm with 3, and with an addition before it."""
+def test_an_activation_in_a_convolution(
+    name: str, added: Callable[[torch.Tensor], torch.Tensor] | None, size: int, dtype: torch.dtype
+) -> None:
+    """By oneDNN, by Winograd's algorithm with 3, and with an addition before it, in any layout."""
     from fpn._activation import activation_of
 
     torch.manual_seed(0)
     activation = activation_of(ACTIVATIONS[name]())
     conv = nn.Conv2d(128, 128, size, padding=size // 2).to(dtype).requires_grad_(False)
     x, addend = torch.randn(2, 1, 128, 16, 16).to(dtype)
+    addend = added(addend) if added else addend
     before = addend.clone()
     with torch.no_grad():
         expected = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=size // 2)
@@ -89,7 +100,18 @@ def test_an_activation_in_a_convolution(name: str, added: bool, size: int, dtype
         y = FusedConv2d(conv, None, activation)(x, addend if added else None)
     assert torch.equal(addend, before)
     # Sums of 128 or 1152 products; Winograd's transforms cost some bits more. Half precision is rounded once or twice.
-    assert relative_error(y, expected) < {torch.float32: 5e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}[dtype]
+    bound = {torch.float32: 5e-6, torch.float64: 1e-14, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    assert relative_error(y, expected) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_block_takes_contiguous_maps(dtype: torch.dtype) -> None:
+    """The input is the addend too, in the layout in which a module of another kind hands it on."""
+    model = small_fpn()
+    block, fused = (network.get_submodule("bottom_up.layer1.0") for network in (model, model.fuse()))
+    x = torch.randn(2, 64, 16, 16)
+    with torch.no_grad():
+        assert relative_error(fused.to(dtype)(x.to(dtype)), block(x)) < {torch.float32: 5e-6}.get(dtype, 2**-6)
 
 
 def replace_norms(make: Callable[[int], nn.Module]) -> Callable[[FPN], object]:

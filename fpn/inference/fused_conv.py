@@ -81,7 +81,10 @@ class FusedConv2d(nn.Module):
         x = x.to(working_dtype(dtype))
         bias = None if self.conv.bias is None else self.conv.bias.to(x.dtype)
         if addend is not None:
-            addend = addend.to(x.dtype)  # a copy, unless it is of that dtype
+            given = addend
+            # oneDNN adds in the layout of its output. In another one half precision fails.
+            addend = given.to(x.dtype).contiguous(memory_format=torch.channels_last)
+            overwrite = overwrite or addend is not given
         if winograd.serves(self.conv, x):
             y = winograd.conv2d(x, self.weight_for(x, winograd.transform), bias, addend, self.activation)
         else:
