@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,37 +24,24 @@ class Activation(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The activation of `x`; `x` does not change."""
-        match self.name:
-            case "relu":
-                return F.relu(x)
-            case "leaky_relu":
-                return F.leaky_relu(x, self.scalars[0])
-            case "hardtanh":
-                return F.hardtanh(x, self.scalars[0], self.scalars[1])
-            case "hardswish":
-                return F.hardswish(x)
-            case "swish":
-                return F.silu(x)
-            case _:
-                return F.gelu(x, approximate=self.algorithm)
+        if self.name == "gelu":
+            return F.gelu(x, approximate=self.algorithm)
+        return FUNCTIONS[self.name](x, *self.scalars)
 
     def apply_(self, x: Tensor) -> Tensor:
         """The activation of `x`, written into `x` (not for "gelu"), without gradient."""
-        match self.name:
-            case "relu":
-                return torch.relu_(x)
-            case "leaky_relu":
-                return F.leaky_relu(x, self.scalars[0], inplace=True)
-            case "hardtanh":
-                return F.hardtanh(x, self.scalars[0], self.scalars[1], inplace=True)
-            case "hardswish":
-                return F.hardswish(x, inplace=True)
-            case "swish":
-                return F.silu(x, inplace=True)
-            case _:
-                return F.gelu(x, approximate=self.algorithm)
+        if self.name == "gelu":
+            return F.gelu(x, approximate=self.algorithm)
+        return FUNCTIONS[self.name](x, *self.scalars, inplace=True)
 
 
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "hardtanh": F.hardtanh,
+    "hardswish": F.hardswish,
+    "swish": F.silu,
+}
 RELU = Activation("relu")
 
 

@@ -321,6 +321,7 @@ class ResNetClassifier(ResNet):
 
 
 class Variant(NamedTuple):
+    title: str
     block: Block
     layers: tuple[int, int, int, int]
     groups: int = 1
@@ -328,16 +329,16 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": Variant(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": Variant(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": Variant(Bottleneck, (3, 4, 23, 3)),
-    "resnet152": Variant(Bottleneck, (3, 8, 36, 3)),
-    "resnext50_32x4d": Variant(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
-    "resnext101_32x8d": Variant(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
-    "resnext101_64x4d": Variant(Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
-    "wide_resnet50_2": Variant(Bottleneck, (3, 4, 6, 3), width_per_group=128),
-    "wide_resnet101_2": Variant(Bottleneck, (3, 4, 23, 3), width_per_group=128),
+    "resnet18": Variant("ResNet-18", BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Variant("ResNet-34", BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Variant("ResNet-50", Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Variant("ResNet-101", Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Variant("ResNet-152", Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": Variant("ResNeXt-50, 32 groups of width 4", Bottleneck, (3, 4, 6, 3), 32, 4),
+    "resnext101_32x8d": Variant("ResNeXt-101, 32 groups of width 8", Bottleneck, (3, 4, 23, 3), 32, 8),
+    "resnext101_64x4d": Variant("ResNeXt-101, 64 groups of width 4", Bottleneck, (3, 4, 23, 3), 64, 4),
+    "wide_resnet50_2": Variant("Wide ResNet-50, twice the inner width", Bottleneck, (3, 4, 6, 3), 1, 128),
+    "wide_resnet101_2": Variant("Wide ResNet-101, twice the inner width", Bottleneck, (3, 4, 23, 3), 1, 128),
 }
 
 Trunk = TypeVar("Trunk", bound=ResNet)
@@ -351,56 +352,28 @@ def build(form: Callable[..., Trunk], name: str, **options: Any) -> Trunk:
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown ResNet variant {name!r}; known: {', '.join(VARIANTS)}")
-    variant = VARIANTS[name]
-    shape = {"groups": variant.groups, "width_per_group": variant.width_per_group}
-    return form(variant.block, variant.layers, **(shape | options))
+    _, block, layers, groups, width_per_group = VARIANTS[name]
+    return form(block, layers, **{"groups": groups, "width_per_group": width_per_group, **options})
 
 
-def resnet18(**options: Any) -> ResNet:
-    """ResNet-18 trunk. `options` are `ResNet`'s."""
-    return build(ResNet, "resnet18", **options)
+def constructor(name: str) -> Callable[..., ResNet]:
+    """The function that builds the trunk of one variant."""
+
+    def construct(**options: Any) -> ResNet:
+        return build(ResNet, name, **options)
+
+    construct.__name__ = construct.__qualname__ = name  # pickle finds it by them
+    construct.__doc__ = f"A trunk: {VARIANTS[name].title}. `options` are those of `ResNet`."
+    return construct
 
 
-def resnet34(**options: Any) -> ResNet:
-    """ResNet-34 trunk. `options` are `ResNet`'s."""
-    return build(ResNet, "resnet34", **options)
-
-
-def resnet50(**options: Any) -> ResNet:
-    """ResNet-50 trunk. `options` are `ResNet`'s."""
-    return build(ResNet, "resnet50", **options)
-
-
-def resnet101(**options: Any) -> ResNet:
-    """ResNet-101 trunk. `options` are `ResNet`'s."""
-    return build(ResNet, "resnet101", **options)
-
-
-def resnet152(**options: Any) -> ResNet:
-    """ResNet-152 trunk. `options` are `ResNet`'s."""
-    return build(ResNet, "resnet152", **options)
-
-
-def resnext50_32x4d(**options: Any) -> ResNet:
-    """ResNeXt-50 trunk, 32 groups of width 4. `options` are `ResNet`'s."""
-    return build(ResNet, "resnext50_32x4d", **options)
-
-
-def resnext101_32x8d(**options: Any) -> ResNet:
-    """ResNeXt-101 trunk, 32 groups of width 8. `options` are `ResNet`'s."""
-    return build(ResNet, "resnext101_32x8d", **options)
-
-
-def resnext101_64x4d(**options: Any) -> ResNet:
-    """ResNeXt-101 trunk, 64 groups of width 4. `options` are `ResNet`'s."""
-    return build(ResNet, "resnext101_64x4d", **options)
-
-
-def wide_resnet50_2(**options: Any) -> ResNet:
-    """Wide ResNet-50-2 trunk: ResNet-50 with twice the inner width. `options` are `ResNet`'s."""
-    return build(ResNet, "wide_resnet50_2", **options)
-
-
-def wide_resnet101_2(**options: Any) -> ResNet:
-    """Wide ResNet-101-2 trunk: ResNet-101 with twice the inner width. `options` are `ResNet`'s."""
-    return build(ResNet, "wide_resnet101_2", **options)
+resnet18 = constructor("resnet18")
+resnet34 = constructor("resnet34")
+resnet50 = constructor("resnet50")
+resnet101 = constructor("resnet101")
+resnet152 = constructor("resnet152")
+resnext50_32x4d = constructor("resnext50_32x4d")
+resnext101_32x8d = constructor("resnext101_32x8d")
+resnext101_64x4d = constructor("resnext101_64x4d")
+wide_resnet50_2 = constructor("wide_resnet50_2")
+wide_resnet101_2 = constructor("wide_resnet101_2")
