@@ -1,4 +1,4 @@
-"""Files that are written whole: under the final name is the old file or the complete new one."""
+"""Files are written whole: at any moment the final name is that of the old file or of the complete new one."""
 
 from __future__ import annotations
 

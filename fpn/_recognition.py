@@ -24,7 +24,7 @@ FROZEN_BATCH_NORMS = (
     "torchvision.ops.misc.FrozenBatchNorm2d",
     "detectron2.layers.batch_norm.FrozenBatchNorm2d",
 )
-# Hooks of PyTorch's that compute a weight anew before each call, and what makes that weight a plain parameter.
+# PyTorch's hooks that compute a weight before each call, and the function that makes the weight a plain parameter.
 REMOVED_BY = {
     "torch.nn.utils.weight_norm.WeightNorm": "torch.nn.utils.remove_weight_norm",
     "torch.nn.utils.spectral_norm.SpectralNorm": "torch.nn.utils.remove_spectral_norm",

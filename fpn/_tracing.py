@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# torch 2.6 has no such question; its torch.export runs under a mode.
+# torch 2.6 has no such function; its torch.export runs under a mode.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", is_in_torch_dispatch_mode)
 
 

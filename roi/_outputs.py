@@ -1,4 +1,4 @@
-"""What the operators' results are made of: said once for both paths and for the fake kernels."""
+"""The shape, dtype and memory format of the operators' results, for all paths and for the fake kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How the operators run over a batch of problems at once: batching rules for torch.func.vmap.
+"""Batching rules for torch.func.vmap: an operator runs once for a whole batch of problems.
 
-Where all problems have the same boxes, their maps become more channels; otherwise their images become more images.
+If all problems have the same boxes, their maps are joined along the channels, otherwise along the images.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The operators of this package in ONNX's: for `torch.onnx.export(…, dynamo=True, custom_translation_table=…)`.
 
     `roi_align` and `multiscale_roi_align` become RoiAlign, `roi_pool` and `multiscale_roi_pool` MaxRoiPool, the poolers
-    one for each level, on the rows that belong to it. All else are standard operators too, of opset 18 or later. Batch,
-    heights, widths and the number of boxes may be open, and be 0 or 1 where they are. The position-sensitive operators
+    one for each level, on the rows that belong to it. All others are standard operators of opset 18 or later. Batch,
+    heights, widths and the number of boxes may be open, and then be 0 or 1. The position-sensitive operators
     have no counterpart: exporting them raises torch's error that no ONNX function was found for them.
 
     Results are those of the operators here, except that
@@ -130,7 +130,7 @@ def max_of_cells(maps: Value, rois: Value) -> Value:
 
 
 def with_nan(pooled: Value, maps: Value, rois: Value, dtype: ir.DataType) -> Value:
-    """`max_of_cells`, which passes over NaN, with NaN where there is one among the cells."""
+    """`max_of_cells`, with NaN where a cell is NaN. MaxRoiPool itself ignores NaN."""
     nan = op.Cast(op.IsNaN(maps), to=dtype)
     anywhere = max_of_cells(op.ReduceMax(nan, [1], keepdims=1), rois)  # of few channels, as there hardly ever is one
     rows = op.Squeeze(op.NonZero(op.Reshape(anywhere, [-1])), [0])
@@ -184,7 +184,7 @@ def places_by_level(rois: Value, pooling: Pooling) -> tuple[list[Value], Value |
     And those of the rows that are on no level, where there can be such.
     """
     x1, y1, x2, y2 = (columns(rois, i, i + 1) for i in range(1, 5))
-    size = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))  # NaN, of a negative area, reaches no level
+    size = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))  # a negative area gives NaN, which reaches no level
     # ONNX has no log2: floor(canonical_level + log2(size / canonical_scale) + EPSILON) >= k as a bound of the size.
     finest, coarsest = level_range(pooling.scales)
     steps = max(0, coarsest - finest)

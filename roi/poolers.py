@@ -213,7 +213,7 @@ class MultiScaleRoIPool(_MultiScale):
         return super().extra_repr() + backend_repr(self.backend)
 
 
-# What follows is a node of a graph of torch.fx each: what a Proxy stands for is not known while it is recorded.
+# Each function below is one node of a torch.fx graph: while it is recorded, no values are known.
 
 
 @fx.wrap
@@ -294,7 +294,7 @@ def of_one_dtype(maps: list[Tensor]) -> tuple[list[Tensor], torch.dtype]:
 
 
 def is_of_scales(mapper: object, scales: Iterable[float]) -> bool:
-    """Whether a mapper is equation 1 for these scales, which the operators compute themselves."""
+    """Whether a mapper computes equation 1 for these scales; the operators then compute it themselves."""
     known: Any = mapper
     kind = type(mapper)
     return (
@@ -305,7 +305,7 @@ def is_of_scales(mapper: object, scales: Iterable[float]) -> bool:
 
 
 def canonical_of(mapper: Any) -> dict[str, float]:
-    """The options of equation 1. With one map its level is not asked for, whatever the mapper is."""
+    """The options of equation 1. With one map they mean nothing, whatever the mapper is."""
     return {"canonical_scale": getattr(mapper, "s0", 224), "canonical_level": getattr(mapper, "lvl0", 4)}
 
 

@@ -129,8 +129,8 @@ def load_torch(file: Path | BinaryIO) -> Any:
         except Exception as error:  # bytes that are no checkpoint fail in any way there is
             if refused_global(error) not in ALLOWED:
                 fail(error)
-        # Arrays, and mmengine's records of losses. Not at once: a program's own torch.load, in another thread, would
-        # see the stand-ins as well.
+        # Arrays, and mmengine's records of losses. Only for this retry: the program's own torch.load, in another
+        # thread, would see the stand-ins as well.
         try:
             with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in ALLOWED.items()]):
                 return torch.load(file, map_location="cpu", weights_only=True)
@@ -190,7 +190,7 @@ def load_pickle(file: BinaryIO) -> Any:
         # Mapped, so that what a hostile length asks for ends where the file ends.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return RestrictedUnpickler(mapped, encoding="latin1").load()
-    except Exception as error:  # as above
+    except Exception as error:  # the cause, as above
         fail(error)
 
 

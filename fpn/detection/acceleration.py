@@ -1,4 +1,4 @@
-"""`accelerate`: our backbone and poolers in a torchvision detector that is there, and the report of what was done."""
+"""`accelerate` puts our backbone and poolers into an existing torchvision detector, and reports what it did."""
 
 from __future__ import annotations
 
@@ -24,36 +24,34 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Acceleration(Changes):
-    """What `accelerate` did to a model: by name what is there now, and what is as it was and why."""
+    """The report of `accelerate`: the parts that it replaced, by name, and the parts that it left, with the reason."""
 
 
 def accelerate(model: Model, *, fuse: bool = False) -> Model:
-    """Puts our backbone and poolers in the place of torchvision's in a detector: the same detections, in less time.
+    """Replaces the backbone and the poolers of a torchvision detector by ours. Detections stay, and take less time.
 
         model = accelerate(fasterrcnn_resnet50_fpn(weights="DEFAULT").eval(), fuse=True)
         print(model.acceleration)
 
-    Replaced are every ResNet-FPN of torchvision's (`resnet_fpn_backbone`'s, in FasterRCNN, MaskRCNN, KeypointRCNN,
-    RetinaNet, FCOS or a model of yours), by ours in the same module tree, and every
-    `torchvision.ops.MultiScaleRoIAlign`, by `roi.MultiScaleRoIAlign`. What is not
-    exactly as torchvision builds it (another trunk, other blocks, hooks, levels with names of your own) is left as it
-    is. A pooler gets the strides of the new backbone, or of a `TorchvisionBackbone` that is there, so that images may
-    have any size; beside any other backbone it infers them, as torchvision's does, and scales that were set or
-    inferred before stay.
+    Every ResNet-FPN of torchvision's becomes ours, in the same module tree: `resnet_fpn_backbone`'s, in FasterRCNN,
+    MaskRCNN, KeypointRCNN, RetinaNet, FCOS or a model of yours. Every `torchvision.ops.MultiScaleRoIAlign` becomes
+    `roi.MultiScaleRoIAlign`. A part that is not exactly as torchvision builds it stays: another trunk, other blocks,
+    hooks, levels with names of your own. A pooler gets the strides of the new backbone, or of an existing
+    `TorchvisionBackbone`, so that images may have any size. Beside any other backbone it infers them, as torchvision's
+    does. Scales that were set or inferred before stay.
 
-    The new backbone has the very parameters of the old one, under the same names, in the same order: an optimizer made
-    before stays valid, dtype, device, `requires_grad` and train or eval mode are what they were, and checkpoints of the
-    detector, of its optimizer and of an average of it load into torchvision's and the other way round. On the CPU the
-    detector's weights become channels_last, and so do its features: convolutions and RoI operators are faster with
-    that.
+    The new backbone has the parameters of the old one, the same objects under the same names and in the same order. An
+    optimizer that exists stays valid. dtype, device, `requires_grad` and train or eval mode stay. Checkpoints of the
+    detector, of its optimizer and of its average load into torchvision's detector, and the reverse. On the CPU the
+    detector's weights become channels_last, and so do its features, which makes convolutions and RoI operators faster.
 
     Args:
         model: the detector; it is changed in place.
-        fuse: for inference: the backbone in the form that `FPN.fuse` gives, the convolutions of torchvision's heads
-            in the same form (a head in training mode or with hooks is left), and after our pooler a `TwoMLPHead` that
-            reads channels_last RoIs as they lie. Their weights are new, take no gradient and have no way back to
-            torchvision's names: load a checkpoint, and save one, before. Loading one of torchvision's after is an
-            error that says so.
+        fuse: for inference: the backbone gets the form that `FPN.fuse` gives, and so do the convolutions of
+            torchvision's heads; a head in training mode or with hooks stays. A `TwoMLPHead` after our pooler reads
+            channels_last RoIs without a copy. The fused weights are new, take no gradient and cannot be renamed to
+            torchvision's: load a checkpoint, and save one, before. Loading torchvision's checkpoint after is an error
+            that says so.
 
     Returns:
         `model`. Its new attribute `acceleration` is the report, an `Acceleration`, which is also logged: at level
@@ -118,7 +116,7 @@ def known_scales(backbones: Sequence[TorchvisionBackbone | AcceleratedBackbone],
 
 
 def fusing_obstacle(backbone: TorchvisionBackbone | AcceleratedBackbone) -> str | None:
-    """Why there is no inference form of the whole of it; None where there is one."""
+    """Why the whole backbone has no inference form; None where it has one."""
     if isinstance(backbone, TorchvisionBackbone):
         parts: list[nn.Module] = [backbone]
         if not isinstance(backbone.fpn, FPN):
@@ -129,7 +127,7 @@ def fusing_obstacle(backbone: TorchvisionBackbone | AcceleratedBackbone) -> str 
 
 
 def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> dict[str, str]:
-    """Puts the replacements of modules inside `model` in their places: by name, what is there now."""
+    """Replaces modules inside `model`. Returns the name of each place and what is there now."""
     replaced = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:

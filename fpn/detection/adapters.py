@@ -96,7 +96,7 @@ class TorchvisionBackbone(_NamedLevels):
 
 
 class ShapeSpec(NamedTuple):
-    """What detectron2's class of that name says of a map."""
+    """Channels and stride of a map, as detectron2's class of this name has them."""
 
     channels: int | None = None
     height: int | None = None
@@ -105,11 +105,11 @@ class ShapeSpec(NamedTuple):
 
 
 class Detectron2Backbone(_NamedLevels):
-    """An FPN under detectron2's `Backbone` protocol: a dict "p2", "p3", … by stride, and what it is like.
+    """An FPN under detectron2's `Backbone` protocol: its levels in a dict, "p2" and so on by stride.
 
-    detectron2's models take it as it is. `build_backbone` asserts that it got a `Backbone`, which it is after
-    `detectron2.modeling.Backbone.register(Detectron2Backbone)`. An FPN without extra levels gets P6 by subsampling,
-    as detectron2's own. Images are in detectron2's order and scale if the weights are (`FPN.report` says so).
+    detectron2's models take it. `build_backbone` asserts that it got a `Backbone`; call
+    `detectron2.modeling.Backbone.register(Detectron2Backbone)` before. An FPN without extra levels gets P6 by
+    subsampling, as detectron2's own. Images are in detectron2's order and scale if the weights are (`FPN.report` says so).
 
     Args:
         fpn: the pyramid, an `fpn.FPN` or an `fpn.SimpleFeaturePyramid`.
@@ -132,7 +132,7 @@ class Detectron2Backbone(_NamedLevels):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """None beside `size_divisibility`."""
+        """Empty: `size_divisibility` is all that an FPN needs."""
         return {}
 
     def output_shape(self) -> dict[str, ShapeSpec]:

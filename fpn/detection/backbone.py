@@ -1,4 +1,4 @@
-"""The backbone that `accelerate` puts in: our computation in torchvision's module tree, and so under its state keys."""
+"""The backbone that `accelerate` puts in: our computation, in torchvision's module tree and under its state keys."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class TorchvisionNeck(nn.Module):
 class AcceleratedBackbone(nn.Module):
     """A pyramid of torchvision's kind in the place of `torchvision.models.detection.backbone_utils.BackboneWithFPN`.
 
-    `body`, `fpn.inner_blocks`, `fpn.layer_blocks` and `fpn.extra_blocks` are where they are in torchvision's, in the
-    same order: state dicts, names of parameters and the state of optimizers are interchangeable. In the fused form
-    the weights are others, and so are their names.
+    `body`, `fpn.inner_blocks`, `fpn.layer_blocks` and `fpn.extra_blocks` have the same places and the same order as in
+    torchvision's: state dicts, names of parameters and the state of optimizers are interchangeable. The fused form has
+    other weights with other names.
 
     Args:
         fpn: over a ResNet, with nearest upsampling, smoothing of the coarsest level and levels above. Its layers are
@@ -80,7 +80,7 @@ class AcceleratedBackbone(nn.Module):
         return scales_of(self)
 
     def pyramid(self) -> FPN:
-        """The FPN of these very layers."""
+        """An FPN with these layers."""
         neck = self.fpn
         with torch.device("meta"):
             fpn = FPN(

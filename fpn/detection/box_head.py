@@ -11,9 +11,9 @@ from fpn.inference.fused_conv import LOAD_BEFORE_FUSING, note_once
 
 
 class FusedTwoMLPHead(nn.Module):
-    """torchvision's `TwoMLPHead`, the columns of whose first layer are in the order of channels_last RoIs.
+    """torchvision's `TwoMLPHead` for channels_last RoIs: the columns of its first layer are in their order.
 
-    Flattening such RoIs in the order of `TwoMLPHead` is a copy of them all.
+    `TwoMLPHead` itself would copy such RoIs, to flatten them in its own order.
 
     Args:
         head: torchvision's, for RoIs of height × width bins; it is left as it is.
@@ -22,7 +22,7 @@ class FusedTwoMLPHead(nn.Module):
     def __init__(self, head: Any, height: int, width: int) -> None:
         super().__init__()
         weight = head.fc6.weight.detach().unflatten(1, (-1, height, width))
-        # Not "fc6": a state dict of the one is not to load into the other.
+        # Another name than "fc6": neither state dict may load into the other head.
         self.fc6_by_cell = nn.Linear(head.fc6.in_features, head.fc6.out_features, device="meta")
         self.fc6_by_cell.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1), requires_grad=False)
         self.fc6_by_cell.bias = nn.Parameter(head.fc6.bias.detach(), requires_grad=False)

@@ -27,7 +27,7 @@ TRUNK_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3",
 
 BLOCKS: dict[type[nn.Module], Block] = {models.resnet.BasicBlock: BasicBlock, models.resnet.Bottleneck: Bottleneck}
 
-# Of ours that have children: torchvision's class of the same children and the same computation.
+# Our class -> torchvision's class with the same children and the same computation.
 THEIRS: dict[type[nn.Module], type[nn.Module]] = {
     ResNet: IntermediateLayerGetter,
     P6P7: LastLevelP6P7,
@@ -36,14 +36,14 @@ THEIRS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def convert_backbones(model: nn.Module) -> tuple[dict[nn.Module, AcceleratedBackbone], dict[str, str]]:
-    """Ours for every `BackboneWithFPN` inside `model`, and, by name, why there is none."""
+    """Our backbone for each `BackboneWithFPN` inside `model`, and the names of those without one, with the reason."""
     return convert_all(model, BackboneWithFPN, convert_backbone)
 
 
 def convert_poolers(
     model: nn.Module, scales: Mapping[str, float]
 ) -> tuple[dict[nn.Module, MultiScaleRoIAlign], dict[str, str]]:
-    """Ours for every `torchvision.ops.MultiScaleRoIAlign` inside `model`, and, by name, why there is none.
+    """Our pooler for each `torchvision.ops.MultiScaleRoIAlign` inside `model`; the names of those without one, and why.
 
     Args:
         scales: of the maps that they pool, by name; empty where they are not known.
@@ -65,7 +65,7 @@ def convert_all(
 
 
 def convert_pooler(pooler: Any, scales: Mapping[str, float]) -> MultiScaleRoIAlign:
-    """Ours for torchvision's. Scales that it has stay; where it has none, they are those given.
+    """Our pooler for one of torchvision's. It keeps its scales; where it has none, it gets those given.
 
     Raises:
         ValueError: it is not torchvision's own; the message says how.
@@ -88,7 +88,7 @@ def give_scales(pooler: MultiScaleRoIAlign | MultiScaleRoIPool, scales: Mapping[
 
 
 def convert_backbone(backbone: Any) -> AcceleratedBackbone:
-    """Ours, around the layers of torchvision's, which keeps them too.
+    """Our backbone, with the layers of torchvision's, which keeps them too.
 
     Raises:
         ValueError: it is not what torchvision builds over a ResNet; the message says where.
@@ -110,7 +110,7 @@ def convert_backbone(backbone: Any) -> AcceleratedBackbone:
 
 
 def sketch(backbone: Any) -> FPN:
-    """An FPN with the structure of torchvision's, as its first layers tell it, and `nn.Identity` for every norm."""
+    """An FPN with the structure of torchvision's, read off its first layers. Every norm is `nn.Identity`."""
     body, neck = backbone.body, backbone.fpn
     children = dict(body.named_children())
     if tuple(children) != TRUNK_LAYERS:
@@ -196,7 +196,7 @@ def unwrap(block: Any, where: str) -> nn.Module:
 
 
 def check_class(where: str, module: object, expected: type[nn.Module]) -> None:
-    """Raise unless `module` is of that very class: what a subclass computes is not known."""
+    """Raise unless `module` is exactly of that class: a subclass may compute anything."""
     if type(module) is not expected:
         raise ValueError(f"{where} is {class_name(module)}, not {expected.__module__}.{expected.__qualname__}")
 

@@ -36,7 +36,7 @@ SEQUENCES = (nn.Sequential, Conv2dNormActivation, FastRCNNConvFCHead, KeypointRC
 
 
 def fuse_conv_heads(model: nn.Module) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
-    """Every head of torchvision's inside `model` with fused convolutions, and, by name, what was left and why."""
+    """The fused form of each head of torchvision's inside `model`; the names of those that stay, and why."""
     fused, left = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, CONV_HEADS) and module is not model:
@@ -72,7 +72,7 @@ def fuse_conv_head(head: nn.Module, name: str, fuser: Fuser) -> nn.Module:
 
 
 def fuse_box_heads(model: nn.Module) -> dict[nn.Module, FusedTwoMLPHead]:
-    """The fused form of every `TwoMLPHead` inside `model` that is fed by our pooler; of what differs there is none."""
+    """The fused form of every `TwoMLPHead` inside `model` that our pooler feeds. Heads of other classes have none."""
     fused = {}
     for module in model.modules():
         if isinstance(module, RoIHeads) and isinstance(module.box_roi_pool, MultiScaleRoIAlign):

@@ -1,8 +1,8 @@
 """3×3 convolution by minimal filtering F(4×4, 3×3): Lavin & Gray, Fast Algorithms for Convolutional Neural Networks
-(2016), section 4.2. A quarter of the multiplications; cuDNN does the same on GPUs, oneDNN on CPUs does not.
+(2016), section 4.2. It takes a quarter of the multiplications. cuDNN has it on GPUs; oneDNN does not use it on CPUs.
 
-The output comes in tiles of 4×4, each made of 6×6 inputs. In transformed form a tile is 36 numbers, and each of the
-output depends on its like of the input only: 36 matrices [tiles, in], times as many [in, out], are the convolution.
+The output is computed in tiles of 4×4, each from 6×6 inputs. A transformed tile is 36 numbers. Number i of the output
+is a sum over number i of the input channels, so the convolution is 36 matrix products [tiles, in] × [in, out].
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ OUTPUT = torch.tensor(
     dtype=torch.float32,
     device="cpu",
 )
-# On both sides of a tile at once, as one matrix.
+# The transform of rows and columns of a tile together, as one matrix.
 INPUT_2D, OUTPUT_2D = torch.kron(INPUT, INPUT), torch.kron(OUTPUT, OUTPUT)
-CENTRE = 6 + 1  # the place (1, 1) of the 36: it goes into all outputs of its tile, times one
+CENTRE = 6 + 1  # place (1, 1) of the 36: every output of the tile contains it once
 
-TILES_AT_ONCE = 128  # what they become stays in a CPU's cache
-# With fewer, the transforms, or reading four times as many weights, cost more than is saved.
+TILES_AT_ONCE = 128  # their transforms fit into a CPU's cache
+# With fewer, the transforms cost more than they save, or the weights do, which are four times as large.
 LEAST_TILES = 16
 LEAST_CHANNELS = 128
 
 
 def serves(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `conv2d` computes that convolution of such maps, and in less time than oneDNN."""
+    """Whether `conv2d` computes that convolution of such maps, in less time than oneDNN."""
     batch, _, height, width = x.shape
     return (
         x.dtype == torch.float32
@@ -88,9 +88,9 @@ def conv2d(
         activation: what comes last.
 
     Returns:
-        Tensor[N, out, H, W] in channels_last memory. Of a map of numbers of one size the relative error is 2 to 3·10⁻⁶,
-        four or five times that of oneDNN's sum. A larger number costs the outputs of the tiles it is in their last
-        digits, and one that is not finite all of them.
+        Tensor[N, out, H, W] in channels_last memory. Where the numbers of the map are about equally large, the relative
+        error is 2 to 3·10⁻⁶, four or five times that of oneDNN. A much larger number takes precision from the outputs
+        of its tiles. A number that is not finite may make all of them non-finite.
     """
     batch, channels, height, width = x.shape
     down, across = tiles_of(height), tiles_of(width)
@@ -107,7 +107,7 @@ def conv2d(
     transformed = x.new_empty((36, tiles, channels))
     products = x.new_empty((36, tiles, out_channels))
     results = x.new_empty((4, 4, images, rows, across, out_channels))
-    # In whole parts, and so sometimes larger than the map.
+    # A whole number of parts: it may be larger than the map.
     output = x.new_empty((round_up(batch, images), round_up(down, rows), 4, across, 4, out_channels))
     for first in range(0, batch, images):
         for top in range(0, down, rows):
@@ -138,12 +138,12 @@ def round_up(count: int, step: int) -> int:
 
 
 def even_share(count: int, most: int) -> int:
-    """The size of the parts of `count` things, in as few parts as `most` at a time allow, all of about one size."""
+    """The size of parts of `count`: as few parts as there can be with at most `most` in each, of about one size."""
     return math.ceil(count / math.ceil(count / max(1, most)))
 
 
 def fill(padded: Tensor, maps: Tensor, top: int) -> None:
-    """The rows of `maps` from `top` on, with one column of zeros at the left, and zeros for rows that there are not."""
+    """Fill `padded` with the rows of `maps` from `top` on, a column of zeros before them, and zeros beyond the map."""
     images, height, width, _ = maps.shape
     bottom = top + padded.shape[1]
     start, stop = max(top, 0), min(bottom, height)

@@ -1,4 +1,4 @@
-"""What the launches have in common: arguments as the kernels take them, grids, limits, the stream."""
+"""What all launches share: the kernels' arguments, grids, limits and the stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FEATURES = {
 COORDINATES = {torch.float32: "float", torch.float64: "double"}
 INDICES = {torch.int32: "int", torch.int64: "long long"}
 
-# The rest is to agree with the sources in kernels/.
+# These must agree with the sources in kernels/.
 THREADS = 256
 MAX_LEVELS = 8
 CHANNELS_PER_THREAD = 4
@@ -41,14 +41,14 @@ RANGE_BYTES = 8
 MAX_GRID_Y = 65535
 MAX_EXTENT = 2**30
 MAX_BINS_PER_SIDE = SHARED_BYTES // RANGE_BYTES
-# Several times what the largest GPUs run at once. In more, each would do less for the geometry that it works out.
+# Several times as many as the largest GPUs run at once. With more blocks, each would use its geometry for less work.
 ENOUGH_BLOCKS = 4096
-# Of the gather's shared memory: what leaves room for a few blocks on a multiprocessor.
+# The gather's shared memory, so that a few blocks fit on a multiprocessor.
 SLOTS_BYTES = 16 * 1024
 
 
 class LaunchGrid(NamedTuple):
-    """Of a launch: blocks, threads in a block, bytes of dynamic shared memory."""
+    """The size of a launch: blocks, threads in a block, bytes of dynamic shared memory."""
 
     blocks: tuple[int, int]
     threads: tuple[int, ...]

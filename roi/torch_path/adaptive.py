@@ -80,7 +80,7 @@ def bins_of(own: OnLevel, pooling: Pooling, shape: Maps) -> Bins:
 
 
 class Pooled(NamedTuple):
-    """What `adaptive_max_pool2d` gives for some RoIs."""
+    """The result of `adaptive_max_pool2d` for some RoIs."""
 
     rois: Integers  # their places
     maximum: Tensor  # [k, C, pooled_height, pooled_width]
@@ -137,7 +137,7 @@ def crop_side(first: Integers, sizes: Integers, longest: int, limit: int) -> Int
 
 
 def max_gather(maps: Sequence[Tensor], rois: Tensor, argmax: Tensor, pooling: Pooling) -> Tensor:
-    """The values of the maps at the argmax, 0 where there is none: what max pooling is to small changes of the maps."""
+    """The values of the maps at the argmax, 0 where there is none: the derivative of max pooling, applied to `maps`."""
     shape = Maps.of(maps)
     output = empty_pooled(maps[0], len(rois), shape, pooling).zero_()
     if output.numel() == 0:

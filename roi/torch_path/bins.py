@@ -64,7 +64,7 @@ def bin_edges(start: Integers, size: Integers, bins: int, limit: int) -> tuple[I
 
 
 class Bins(NamedTuple):
-    """What the bins of K windows cover of their images: none where the height or the width is 0."""
+    """The cells of the bins of K windows. A bin has none where its height or width is 0."""
 
     image: Integers  # [K]
     top: Integers  # [K, pooled_height]

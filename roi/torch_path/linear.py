@@ -19,11 +19,11 @@ from roi.torch_path.threads import enough_threads
 from roi.torch_path.weighted_sums import by_cell, gradient_rows, pool, spread, sums
 from roi.torch_path.weights import BinWeights, cell_bins, sampled_bins
 
-# (boxes of one level, pooling, scale, height, width) -> what their bins are made of
+# (boxes of one level, pooling, scale, height, width) -> their bins
 BinsOf = Callable[[Array, Pooling, float, int, int], BinWeights]
 T = TypeVar("T")
 
-LOOKUPS_AHEAD = 2**23  # that are all worked out before the features are touched
+LOOKUPS_AHEAD = 2**23  # up to so many are all computed before the features are read
 
 
 def align(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
@@ -100,5 +100,5 @@ def lookups_of(bins: Sequence[BinWeights]) -> int:
 
 
 def ahead(parts: Iterator[T], few: bool) -> Iterator[T] | list[T]:
-    """All parts now where they are few; else each when its turn comes, for their memory."""
+    """All parts now where they are few; else one after the other, to save memory."""
     return list(parts) if few else parts

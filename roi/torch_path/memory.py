@@ -1,4 +1,4 @@
-"""Memory that costs little to have: what a thread keeps from call to call, and large tensors in large pages.
+"""Memory that is cheap to get: blocks that a thread keeps from call to call, and large pages for large tensors.
 
 A page of fresh memory is mapped and zeroed when it is first written, which takes longer than to fill it. The C library
 keeps blocks of less than 32 MiB; larger ones are fresh each time.

@@ -25,12 +25,12 @@ from roi.torch_path.tables import whole_table
 READS_AT_ONCE = 2**21  # entries of a matrix
 VALUES_AT_ONCE = 2**21  # of a part of the output
 
-# PyTorch says once in a process that its CSR tensors are in beta: now, to nobody, and not in the middle of a call.
+# PyTorch warns once in a process that CSR tensors are in beta. It is made to do so here, where nobody sees it.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0), device="cpu")
 
-KEYS_AT_ONCE = 2**23  # of images that are worked on together; eight bytes each
+KEYS_AT_ONCE = 2**23  # of the images that are pooled together; eight bytes each
 KEYS_IN_CACHE = 2**17
 
 # A key of 63 bits is that of a positive, normal float64: the value's order, and the distance of the cell from the end.
@@ -41,7 +41,7 @@ LOWER_HALF = 0 if sys.byteorder == "little" else 1
 
 
 def serves(map_: Tensor, bins: Bins) -> bool:
-    """Whether `maxima` is right for the map, and reads less than a crop for each RoI.
+    """Whether `maxima` is right for the map, and reads less memory than crops of each RoI.
 
     The product does not tell -0 from 0. As an integer, -0 is the least of all.
     """
@@ -52,7 +52,7 @@ def serves(map_: Tensor, bins: Bins) -> bool:
 
 
 def serves_argmax(map_: Tensor, bins: Bins) -> bool:
-    """Whether `argmaxima` is right for the map, and reads less than a crop for each RoI. Keys have no place for NaN."""
+    """Whether `argmaxima` is right for the map, and reads less memory than crops of each RoI. No key stands for NaN."""
     fits = map_.dtype != torch.float64 and map_.shape[2] * map_.shape[3] <= POSITION
     # Keys are twice as large as values, and are written before they are read.
     return fits and cells_read(bins) >= 2 * cells_of(map_) and serves(map_, bins) and not bool(map_.amax().isnan())

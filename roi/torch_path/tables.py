@@ -34,7 +34,7 @@ class Cells(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The cells of a map that some RoIs need. It is known which they are before the map is read."""
+    """The cells of a map that some RoIs need. Which cells these are is known before the map is read."""
 
     map_: Tensor
     cells: Cells
@@ -113,5 +113,5 @@ def cell_view(map_: Tensor, bins: int) -> Tensor:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """What sums of such elements are computed in."""
+    """The dtype in which elements of `x` are summed."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -21,13 +21,13 @@ from torch import Tensor
 # process takes a few milliseconds.
 STALL = 1e-3
 REMEMBERED = 20  # times what it took to find out, so that finding out costs a twentieth of the time
-SMALL = 2**17  # values that one thread is done with before others have begun
+SMALL = 2**17  # values: one thread has done so little work before others have started
 GRAIN = 2**15  # elements that PyTorch gives to a thread at least
 
 
 @contextmanager
 def enough_threads(features: Tensor, values: int) -> Iterator[None]:
-    """Work on so many values on threads that do not wait for a core: on one, where there is little to do.
+    """Use as many threads as have a core of their own; one, where there are few values to work on.
 
     Args:
         features: decides the device; only the CPU has such threads.

@@ -1,4 +1,4 @@
-"""Pooling as a sparse linear map from cells to bins, and its adjoint. Both are sums of weighted rows: `embedding_bag`.
+"""Pooling as a sparse linear map from cells to bins, and its adjoint: weighted sums of rows, by `embedding_bag`.
 
 Pooling sums over a table that has a row of channels for each cell; its adjoint over one that has a row for each bin,
 with the lookups sorted by cell. So every element is a sum in a fixed order, whatever the number of threads.
@@ -25,16 +25,16 @@ from roi.torch_path.weights import BinWeights, Entries
 LOOKUPS_AT_ONCE = 2**20
 LOOKUPS_PER_STEP = 2**18  # of NumPy's, whose arrays are several of that size
 VALUES_AT_ONCE = 2**21
-LOOKUPS_PER_GROUP = 2**15  # that are summed up in the time that it takes to begin with another group of RoIs
+LOOKUPS_PER_GROUP = 2**15  # starting another group of RoIs takes as long as summing so many
 
 
 class Lookups(NamedTuple):
-    """What the bins of some RoIs sum up."""
+    """The weighted rows that the bins of some RoIs sum."""
 
     rois: Rows
     rows: Array  # [bins, lookups of each] of the table
     weights: Array  # [bins, lookups of each]
-    empty: Array | None  # [bins] of bool: those to be 0 whatever their lookups are; None where there is none
+    empty: Array | None  # [bins] of bool: bins that are 0 whatever their lookups are; None where there is none
 
     def cut(self, start: int, end: int, size: int) -> Lookups:
         """Those of some bins, of `size` for each RoI."""
@@ -78,7 +78,7 @@ class Sums(NamedTuple):
 
 
 def sums(cells: Cells, bins: BinWeights, places: Rows, channels: int) -> Iterator[Sums]:
-    """What fills the output of the RoIs at `places`, of so many channels."""
+    """The sums that fill the output of the RoIs at `places`, which has so many channels."""
     size = bins.lines[0] * bins.lines[1]
     most = max(1, VALUES_AT_ONCE // (size * max(channels, 1)))
     waiting: list[Lookups] = []
@@ -110,7 +110,7 @@ class Sorted(NamedTuple):
 
 
 def by_cell(cells: Cells, bins: BinWeights, places: Rows) -> Iterator[Sorted]:
-    """What the cells of a whole map get from the bins of the RoIs at `places`, in parts of bounded memory."""
+    """The gradient of a whole map from the bins of the RoIs at `places`, in parts of bounded memory."""
     size = bins.lines[0] * bins.lines[1]
     for part in parts_of(size * bins.sizes.prod(axis=1), LOOKUPS_AT_ONCE):
         found_of: tuple[list[Array], ...] = ([], [], [])
@@ -144,7 +144,7 @@ def stable_order(keys: Array) -> Array:
 
 
 def spread(terms: Tensor, parts: Iterator[Sorted] | list[Sorted], gradient: Tensor, bins: int) -> None:
-    """Fills `gradient`, a map, with the weighted sums of Tensor[K·h·w, C] `terms` that its cells get."""
+    """Fills `gradient`, a map: each cell gets a weighted sum of rows of Tensor[K·h·w, C] `terms`."""
     for number, part in enumerate(parts):
         for target, found in summed(terms, part, gradient, bins):
             if number == 0:
@@ -154,7 +154,7 @@ def spread(terms: Tensor, parts: Iterator[Sorted] | list[Sorted], gradient: Tens
 
 
 def summed(terms: Tensor, by: Sorted, gradient: Tensor, bins: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The cells of a map in parts of bounded memory: a part's view, and its sums, None if they are 0."""
+    """The cells of a map in parts of bounded memory: a view of each part, and its sums, or None if they are 0."""
     view = cell_view(gradient, bins)
     images, height, width, _, channels = view.shape
     per_line = width * bins
@@ -181,7 +181,7 @@ def summed(terms: Tensor, by: Sorted, gradient: Tensor, bins: int) -> Iterator[t
 def weighted_bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """Tensor[bags, C] of Tensor[R, C] `table`: bag i is the weighted sum of the rows from offsets[i] to offsets[i + 1].
 
-    `embedding_bag` without what torch.nn.functional checks, which takes longer than a small sum.
+    `embedding_bag` without the checks of torch.nn.functional, which take longer than a small sum.
     """
     mode_sum, include_last_offset = 0, True
     found: Tensor = torch.embedding_bag(table, rows, offsets, False, mode_sum, False, weights, include_last_offset)[0]
@@ -218,7 +218,7 @@ def combined(cells: Cells, rois: Rows, entries: Entries) -> Lookups:
         rows = rows * cells.bins + np.arange(0, height * width, width)[:, None]
         columns = columns * cells.bins + np.arange(width)[:, None]
     index = np.int32 if cells.rows < 2**31 else np.int64
-    # Both sides are brought to all pairs of entries first: the inner loop of the broadcast is then that long.
+    # Rows and columns are repeated to all pairs of entries first, so that the inner loop of the addition is long.
     count, (e, f) = len(rows), (rows.shape[2], columns.shape[2])
 
     def of_row(x: Array) -> Array:
@@ -235,7 +235,7 @@ def combined(cells: Cells, rois: Rows, entries: Entries) -> Lookups:
 
 
 def groups(bins: BinWeights, part: slice) -> list[tuple[tuple[int, int], Rows]]:
-    """The RoIs of a slice by the size of their entries: (size, RoIs). Of a few ways to do it, the one of least work."""
+    """The RoIs of a slice in groups, as (largest size of entries, RoIs). Of a few groupings, the one of least work."""
     sizes = bins.sizes[part]
     if (sizes == sizes[0]).all():
         return [((int(sizes[0, 0]), int(sizes[0, 1])), part)]

@@ -1,10 +1,10 @@
-"""What the bins of a RoI are made of where pooling is linear: cells of the map and their weights, side by side.
+"""The bins of a RoI where pooling is linear: cells of the map and their weights.
 
-A bin's weight of a cell is the product of a weight of the row and one of the column. So each side of a RoI is worked
-out alone: a line of entries (row, weight) for each row of bins, and one of (column, weight) for each column of bins.
-Their number is bounded by the map's, however far the RoI reaches beyond it.
+A cell's weight in a bin is the product of a weight of its row and one of its column. So each side of a RoI is computed
+alone: a line of entries (row, weight) for each row of bins, and a line of (column, weight) for each column of bins. A
+line has at most as many entries as the map has rows or columns, however far the RoI reaches beyond it.
 
-This is NumPy on the host: a few numbers for each RoI, in many steps that cost less there than as tensor operations.
+It is NumPy on the host: the arrays are small, and a NumPy call costs less than a tensor operation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from roi.torch_path.bins import MAX_CELL, bin_edges, roi_windows, rounded_up
 from roi.torch_path.levels import Rows
 from roi.torch_path.tables import Array
 
-ALIKE = 2  # samples of a bin's side up to which it does not pay to tell RoIs apart
+ALIKE = 2  # up to so many samples along a bin, RoIs of all sizes are computed in one group
 
 
 class Entries(NamedTuple):
@@ -45,15 +45,15 @@ class BinWeights(Protocol):
         """[K, 2], integers: entries in a line of rows and in a line of columns. Few different pairs."""
 
     def numbers(self, rois: Rows, size: tuple[int, int]) -> int:
-        """How many numbers it takes at once to work out the entries of one of those RoIs."""
+        """How many numbers the computation of the entries of one of those RoIs holds at once."""
 
     def entries(self, rois: Rows, size: tuple[int, int]) -> Entries:
-        """Those of some RoIs, which have that size at most."""
+        """The entries of some RoIs, none of which is larger than `size`."""
 
     def window(self) -> tuple[Array, Array]:
         """The first and the last (row, column) of the map that a RoI reaches, up to rounding: [K, 2] of int64 each.
 
-        A RoI off the map reaches the nearest ones there.
+        For a RoI off the map they are the nearest row and column on it.
         """
 
 
@@ -61,13 +61,13 @@ class BinWeights(Protocol):
 class SampledBins:
     """RoIAlign's bins (He et al., Mask R-CNN, 2017, section 3): means of bilinearly interpolated samples.
 
-    A sample at y has for row c the weight 1 - |y - c| where that is positive. Samples of a bin that are at most a cell
-    apart share rows, and are taken together.
+    A sample at y gives row c the weight 1 - |y - c|, or 0 where that is negative. Samples of a bin that are at most a
+    cell apart share rows, and are added first.
 
     Attributes:
         begin, length, grid: [K, lines]: where a line's bin begins and how long it is, in cells, and how many samples it
             has.
-        first: as these: the first sample that can lie on the map.
+        first: [K, lines]: the first sample of the bin that can lie on the map.
         visited: [K]: how many samples from there on can lie on the map, in any line of a RoI.
         limits: [lines]: rows or columns of the map.
         adaptive: whether bins of different RoIs have different numbers of samples.
@@ -97,7 +97,7 @@ class SampledBins:
         y = np.minimum(np.maximum(y, 0), last)
         weight, empty = 1 / np.maximum(grid, 1)[..., None, None], None
         if not valid.all():
-            # A sample off the map has no weight, and reads no cell that the others do not: it might hold NaN.
+            # A sample off the map has no weight. It reads a cell that others read too: any other might hold NaN.
             y = np.where(valid, y, np.where(valid, y, 0).max(axis=2, keepdims=True))
             weight = weight * valid.reshape(*valid.shape[:2], runs, -1, 1)
             empty = outer_or(~valid.any(axis=2), self.lines[0])
@@ -206,13 +206,13 @@ def cell_bins(boxes: Array, pooling: Pooling, scale: float, height: int, width: 
 
 
 def by_sides(cells: Array, weights: Array, empty: Array | None, pooled_height: int, size: tuple[int, int]) -> Entries:
-    """[G, lines, entries] of both sides in one, cut apart."""
+    """Entries from arrays [G, lines, entries] that hold the rows first and then the columns."""
     rows, columns = np.s_[:, :pooled_height, : size[0]], np.s_[:, pooled_height:, : size[1]]
     return Entries(cells[rows], weights[rows], cells[columns], weights[columns], empty)
 
 
 def outer_or(lines: Any, pooled_height: int) -> Array:
-    """[G, pooled_height, pooled_width] of bool of [G, lines]: what holds for a bin's row or its column."""
+    """[G, pooled_height, pooled_width] from [G, lines], both bool: whether it holds for a bin's row or its column."""
     either: Array = lines[:, :pooled_height, None] | lines[:, None, pooled_height:]
     return either
 

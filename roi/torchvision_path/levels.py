@@ -33,7 +33,7 @@ class Assigned(NamedTuple):
     """All boxes: those of each level, and which boxes are valid.
 
     Attributes:
-        valid: Tensor[K, 1, 1, 1] of bool. A box that is not stands on a level all the same, as the box 0, 0, 0, 0.
+        valid: Tensor[K, 1, 1, 1] of bool. An invalid box is on a level too, as the box 0, 0, 0, 0.
     """
 
     levels: list[OnLevel]

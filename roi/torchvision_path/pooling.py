@@ -84,7 +84,7 @@ def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pool
 
 
 def pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling, level: PoolLevel) -> list[Tensor]:
-    """What `level` gives for the boxes of each map, put together: the output, and the argmax where there is one."""
+    """`level` for the boxes of each map, and the results joined: the output, and the argmax where there is one."""
     shape = Maps.of(maps)
     check_limits(shape, pooling, len(rois), maps[0].dtype, rois.dtype)
     if shape.batch * shape.channels * len(rois) == 0:
@@ -113,7 +113,7 @@ def spread(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps, level: Spre
 
 
 def bins_of(own: OnLevel, pooling: Pooling) -> tuple[float, int, int]:
-    """How every operator of torchvision's is told the scale and the output size."""
+    """The scale and the output size, as all of torchvision's operators take them."""
     return pooling.scales[own.level], pooling.pooled_height, pooling.pooled_width
 
 

@@ -1,4 +1,4 @@
-"""What torchvision's operators are not asked for."""
+"""The calls that torchvision's operators do not take."""
 
 from __future__ import annotations
 
