@@ -45,7 +45,14 @@ def test_good_arguments() -> None:
     assert arguments.count("3") == 3
 
 
-@pytest.mark.parametrize("use", ["fpn.py --forms nosuch", "fpn.py --models FPN7", "detector.py --size 10"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "fpn.py --forms nosuch",
+        "fpn.py --models FPN7",
+        pytest.param("detector.py --size 10", marks=pytest.mark.torchvision),  # its detectors are torchvision's
+    ],
+)
 def test_bad_use_ends_with_one_line_and_no_traceback(use: str) -> None:
     script, *options = use.split()
     run = subprocess.run(

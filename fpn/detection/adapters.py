@@ -109,7 +109,8 @@ class Detectron2Backbone(_NamedLevels):
 
     detectron2's models take it. `build_backbone` asserts that it got a `Backbone`; call
     `detectron2.modeling.Backbone.register(Detectron2Backbone)` before. An FPN without extra levels gets P6 by
-    subsampling, as detectron2's own. Images are in detectron2's order and scale if the weights are (`FPN.report` says so).
+    subsampling, as detectron2's own. Images are in detectron2's order and scale if the weights are, as `FPN.report`
+    says.
 
     Args:
         fpn: the pyramid, an `fpn.FPN` or an `fpn.SimpleFeaturePyramid`.
