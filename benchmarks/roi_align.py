@@ -45,6 +45,7 @@ from roi._backend import cupy_problem
 from tests.reference.boxes import rpn_like
 
 BINS = 7
+BACKENDS = ("cupy", "torch")  # the first that runs is what the others are compared with
 STRIDES = (4, 8, 16, 32)
 SAMPLING = {"2": 2, "adaptive": -1}
 # (levels, boxes) -> Tensor[K, C, 7, 7]
@@ -72,9 +73,9 @@ class Problem:
         return rpn_like(self.rois, self.shapes[0][0], *self.image)
 
     def features(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        maps = [torch.randn(shape, generator=generator) for shape in self.shapes]
-        return [map_.to(device, dtype).contiguous(memory_format=layout) for map_ in maps]
+        generator = torch.Generator(device).manual_seed(0)
+        maps = [torch.randn(shape, generator=generator, device=device) for shape in self.shapes]
+        return [map_.to(dtype).contiguous(memory_format=layout) for map_ in maps]
 
 
 def problems() -> dict[str, Problem]:
@@ -109,11 +110,11 @@ def torchvisions(levels: Sequence[Tensor], rois: Tensor, problem: Problem, sampl
     return pooler(named, boxes, [problem.image] * images)
 
 
-def contestants(problem: Problem, sampling: int, device: torch.device) -> dict[str, Op]:
+def contestants(problem: Problem, sampling: int, device: torch.device, backends: Sequence[str]) -> dict[str, Op]:
     """By name, ours first."""
-    backends = [name for name in ("cupy", "torch") if name == "torch" or cupy_problem(device.type) is None]
+    usable = [name for name in backends if name == "torch" or cupy_problem(device.type) is None]
     ops: dict[str, Op] = {
-        backend: partial(ours, problem=problem, sampling=sampling, backend=backend) for backend in backends
+        backend: partial(ours, problem=problem, sampling=sampling, backend=backend) for backend in usable
     }
     return ops | {"torchvision": partial(torchvisions, problem=problem, sampling=sampling)}
 
@@ -151,12 +152,21 @@ def check(problem: Problem, op: Op, peer: Op, levels: Sequence[Tensor], rois: Te
         raise SystemExit(f"{problem}: the results differ, so there is nothing to compare")
 
 
-def measure(
-    problem: Problem, sampling: str, dtype: str, layout: str, mode: str, device: torch.device, runs: int, seconds: float
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """How to time: the parts of the command line that every measurement needs."""
+
+    device: torch.device
+    runs: int
+    seconds: float
+    backends: tuple[str, ...]
+
+
+def measure(problem: Problem, sampling: str, dtype: str, layout: str, mode: str, setting: Setting) -> dict[str, Any]:
+    device, runs = setting.device, setting.runs
     rois = problem.boxes().to(device)
     levels = problem.features(DTYPES[dtype], LAYOUTS[layout], device)
-    ops = contestants(problem, SAMPLING[sampling], device)
+    ops = contestants(problem, SAMPLING[sampling], device, setting.backends)
     taking_part = {name: op for name, op in ops.items() if supported(op, levels, rois)}
     first, *_ = taking_part
     check(problem, ops[first], ops["torchvision"], levels, rois, with_gradient=mode != "forward")
@@ -165,7 +175,7 @@ def measure(
     calls = {name: call_of(mode, op, inputs, rois, turn) for name, op in taking_part.items()}
     warmup = 10 if device.type == "cuda" else 1
     if device.type == "cpu":
-        runs = rounds_within(seconds, calls, device, runs)
+        runs = rounds_within(setting.seconds, calls, device, runs)
     times = interleaved(calls, device, runs, warmup, timer=device_milliseconds)
     name = problem.name if sampling == "2" else f"{problem.name}, {sampling}"
     row: dict[str, Any] = {"workload": name, "mode": mode, "dtype": dtype, "layout": layout}
@@ -184,6 +194,7 @@ def main() -> None:
     parser.add_argument("--sampling", nargs="+", choices=list(SAMPLING), default=list(SAMPLING))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default: all on CUDA, float32 on the CPU")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="of ours")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
         "--runs", type=arguments.count, help="rounds that count (default: 50 on CUDA, at most 30 on the CPU)"
@@ -202,6 +213,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dtypes = options.dtypes or (list(DTYPES) if device.type == "cuda" else ["float32"])
     runs = options.runs or (50 if device.type == "cuda" else 30)
+    setting = Setting(device, runs, options.seconds, tuple(options.backends))
     threads = options.threads or [torch.get_num_threads()]
     facts = environment(device) | {"threads": ", ".join(map(str, threads))}
     print(describe(facts), end="\n\n")
@@ -211,7 +223,7 @@ def main() -> None:
     ):
         torch.set_num_threads(count)
         name, *how = case
-        rows.append(measure(every[name], *how, device, runs, options.seconds))
+        rows.append(measure(every[name], *how, setting))
         print(rows[-1], file=sys.stderr)
         if options.json:  # after every problem: what was measured stays if the run is ended
             write_json(options.json, facts, rows)

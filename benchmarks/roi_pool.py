@@ -173,8 +173,8 @@ def check_gradient(workload: Workload, op: Op, input: Tensor, rois: Tensor) -> N
 
 def gradient_of(output: Tensor) -> Tensor:
     """Normally distributed values in the shape, dtype and memory format of an output."""
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn(output.shape, generator=generator)
+    generator = torch.Generator(output.device).manual_seed(1)
+    values = torch.randn(output.shape, generator=generator, device=output.device)
     return torch.empty_like(output, requires_grad=False).copy_(values)
 
 
@@ -564,8 +564,11 @@ def main() -> None:
         ours = "cupy" if "cupy ms" in rows[0] else "torch"
         print(f"\nours: {ours}; “… / ours”: median over the rounds; above 1, ours is faster")
         print(f"GB/s: of ours, the bytes that must move, each once, by the time.\n{BYTES_COUNTED}")
+        calls = overheads(device)
         print("\nhost time of one call on the smallest problem:\n")
-        print(table(overheads(device)))
+        print(table(calls))
+        if options.json:
+            write_json(options.json, facts, [*rows, *calls])
         if options.plot:
             plot(options.plot, rows, facts)
 

@@ -44,10 +44,10 @@ class Workload:
         return rpn_like(self.rois, self.batch, *self.image, seed=self.seed)
 
     def features(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> Tensor:
-        """Tensor[N, C, H, W] of normally distributed values, the same on every device."""
-        generator = torch.Generator().manual_seed(self.seed)
-        values = torch.randn(self.shape, generator=generator)
-        return values.to(device, dtype).contiguous(memory_format=layout)
+        """Tensor[N, C, H, W] of normally distributed values."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+        values = torch.randn(self.shape, generator=generator, device=device)
+        return values.to(dtype).contiguous(memory_format=layout)
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))

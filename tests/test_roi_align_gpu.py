@@ -76,7 +76,7 @@ def detector_pyramid(layout: torch.memory_format) -> tuple[list[Tensor], Tensor]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].name}{case[0].options}-{case[2]}")
 @layouts
-@pytest.mark.parametrize("coordinates", [torch.float32, torch.float64])
+@pytest.mark.parametrize("coordinates", [torch.float32, torch.float64], ids=["boxes32", "boxes64"])
 @dtypes
 def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, case):
     operator, _, size, scale = case
@@ -98,7 +98,7 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
 
 
 @layouts
-@pytest.mark.parametrize("coordinates", [torch.float32, torch.float64])
+@pytest.mark.parametrize("coordinates", [torch.float32, torch.float64], ids=["boxes32", "boxes64"])
 @dtypes
 @ways
 def test_levels_match_the_reference(way, dtype, coordinates, layout):

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 # (N, C, H, W), output size, scale.
 CASES = [
     ((2, 8, 25, 42), (7, 7), 1 / 16),
@@ -55,9 +57,9 @@ def workload(device: str = "cuda", layout: torch.memory_format = torch.contiguou
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("coordinates", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dtype", DTYPES)
+@layouts
+@pytest.mark.parametrize("coordinates", [torch.float32, torch.float64], ids=["boxes32", "boxes64"])
+@dtypes
 def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, case):
     shape, size, scale = case
     input = features(shape, dtype)
@@ -90,7 +92,7 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
 
 
 @pytest.mark.torchvision
-@pytest.mark.parametrize("layout", LAYOUTS)
+@layouts
 def test_matches_torchvision(layout):
     from torchvision import ops
 
@@ -112,8 +114,8 @@ def test_matches_torchvision(layout):
     assert torch.equal(gradient, leaf.grad)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@layouts
+@dtypes
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_backward_repeats_bit_for_bit(dtype, layout):
     input, rois = workload(layout=layout)
@@ -143,7 +145,7 @@ def test_runs_on_the_current_stream():
     assert same_bits(output, expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@layouts
 def test_cuda_graph_capture_and_replay(layout):
     input, rois = workload(layout=layout)
     grad = torch.ones(len(rois), input.shape[1], *SIZE, device="cuda").contiguous(memory_format=layout)
