@@ -39,13 +39,12 @@ from benchmarks.harness import (
     table,
     write_json,
 )
-from benchmarks.roi_pool import DTYPES, LAYOUTS, MODES, call_of, copies, plot, readable
+from benchmarks.roi_pool import BACKENDS, DTYPES, LAYOUTS, MODES, call_of, copies, plot, readable
 from benchmarks.workloads import LARGE_IMAGE, WORKLOADS
 from roi._backend import cupy_problem
 from tests.reference.boxes import rpn_like
 
 BINS = 7
-BACKENDS = ("cupy", "torch")  # the first that runs is what the others are compared with
 STRIDES = (4, 8, 16, 32)
 SAMPLING = {"2": 2, "adaptive": -1}
 # (levels, boxes) -> Tensor[K, C, 7, 7]

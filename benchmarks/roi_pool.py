@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MODES = ("forward", "backward", "both")
 PEERS = ("torchvision", "loop")
+BACKENDS = ("cupy", "torch")  # ours; the first that runs is what the others are compared with
 NOT_SUPPORTED = "not supported"
 TOO_LONG = "too long"
 LOOP_GRADIENT_BYTES = {"cpu": 2e10, "cuda": 2e12}  # beyond it the loop's backward takes minutes, and is left out
@@ -94,10 +95,10 @@ def loop(input: Tensor, rois: Tensor, bins: int, scale: float) -> Tensor:
     return torch.cat([adaptive_max_pool2d(crop, bins) for crop in crops])
 
 
-def operators(device: torch.device, bins: int, scale: float) -> dict[str, Op]:
+def operators(device: torch.device, bins: int, scale: float, backends: Sequence[str] = BACKENDS) -> dict[str, Op]:
     """The contestants by name, ours first."""
     ops: dict[str, Op] = {}
-    for backend in ("cupy", "torch"):
+    for backend in backends:
         if backend == "torch" or cupy_problem(device.type) is None:
             ops[backend] = partial(roi.roi_pool, output_size=bins, spatial_scale=scale, backend=backend)
     return ops | {
@@ -235,6 +236,7 @@ class Setting:
     threads: int
     runs: int
     seconds: float
+    backends: tuple[str, ...]
     peers: tuple[str, ...]
     copy: float  # gigabytes per second
 
@@ -243,7 +245,7 @@ def contestants(
     workload: Workload, dtype: torch.dtype, mode: str, setting: Setting
 ) -> tuple[dict[str, Op], dict[str, str]]:
     """Those that take part in a measurement, and of the others why they do not."""
-    everyone = operators(setting.device, workload.bins, workload.scale)
+    everyone = operators(setting.device, workload.bins, workload.scale, setting.backends)
     absent: dict[str, str] = {}
     for name, op in everyone.items():
         if name in PEERS and name not in setting.peers:
@@ -301,7 +303,7 @@ def measure(workload: Workload, dtype: str, layout: str, mode: str, setting: Set
     return row
 
 
-def overheads(device: torch.device) -> list[dict[str, Any]]:
+def overheads(device: torch.device, backends: Sequence[str]) -> list[dict[str, Any]]:
     """Host time of one call on the smallest problem, without waiting for the device: microseconds."""
     calls_per_run = 100
     input = torch.randn(1, 4, 8, 8, device=device, requires_grad=True)
@@ -309,7 +311,7 @@ def overheads(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for mode in ("forward", "both"):
         calls = {}
-        for name, op in operators(device, 2, 1.0).items():
+        for name, op in operators(device, 2, 1.0, backends).items():
             call = call_of(mode, op, [input], rois, itertools.repeat(0))
             calls[name] = partial(repeated, call, calls_per_run)
         times = interleaved(calls, device, runs=21, timer=host_milliseconds)
@@ -347,7 +349,7 @@ def grid_row(kind: str, workload: Workload, dtype: str, layout: str, setting: Se
     """Ours and torchvision's forward on one problem."""
     rois = grid_boxes(kind, workload).to(setting.device)
     input = workload.features(DTYPES[dtype], LAYOUTS[layout], setting.device)
-    ops = operators(setting.device, workload.bins, workload.scale)
+    ops = operators(setting.device, workload.bins, workload.scale, setting.backends)
     ours = next(iter(ops))
     check_output(workload, ops[ours], input, rois)
     calls = {
@@ -493,6 +495,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default: all on CUDA, float32 on the CPU")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="of ours")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument(
         "--runs", type=arguments.count, help="rounds that count (default: 50 on CUDA, at most 9 on the CPU)"
@@ -519,7 +522,8 @@ def settings_of(options: argparse.Namespace, device: torch.device) -> list[Setti
     settings = []
     for threads in options.threads or default:
         torch.set_num_threads(threads)
-        settings.append(Setting(device, threads, runs, seconds, tuple(options.peers), copy_bandwidth(device)))
+        contestants = tuple(options.backends), tuple(options.peers)
+        settings.append(Setting(device, threads, runs, seconds, *contestants, copy_bandwidth(device)))
     return settings
 
 
@@ -564,7 +568,7 @@ def main() -> None:
         ours = "cupy" if "cupy ms" in rows[0] else "torch"
         print(f"\nours: {ours}; “… / ours”: median over the rounds; above 1, ours is faster")
         print(f"GB/s: of ours, the bytes that must move, each once, by the time.\n{BYTES_COUNTED}")
-        calls = overheads(device)
+        calls = overheads(device, options.backends)
         print("\nhost time of one call on the smallest problem:\n")
         print(table(calls))
         if options.json:

@@ -61,6 +61,8 @@ def capture(call: Callable[..., Output], *inputs: Tensor) -> Callable[..., Outpu
         graph.replay()
         return output
 
+    # The graph knows the weights by their addresses; whoever keeps the function keeps them.
+    replay.call = call  # type: ignore[attr-defined]
     return replay
 
 

@@ -127,8 +127,8 @@ class FPN(nn.Module):
 
         Batch norm, plain or frozen, and the activation after it are put into the convolutions of a trunk of
         `fpn.resnet`, of the neck and of P6 and P7. Every map from the first convolution to the levels is in
-        channels_last memory, in which the RoI operators read it without a copy. Weights are contiguous, and what
-        `torch.export` makes of the model has no layout of ours.
+        channels_last memory, in which the RoI operators read it without a copy; on a GPU, PyTorch's GroupNorm gives
+        contiguous maps. Weights are contiguous, and what `torch.export` makes of the model has no layout of ours.
 
         A layer is fused if its class, its parameters and its hooks say what it computes: `nn.Conv2d`; `nn.BatchNorm2d`,
         `nn.SyncBatchNorm` and FrozenBatchNorm2d with statistics; ReLU, LeakyReLU, ReLU6, Hardtanh, Hardswish, SiLU and

@@ -32,12 +32,12 @@ template <bool PositionSensitive> __device__ __forceinline__ int input_channel(I
 }
 
 // A block serves one box (blockIdx.x); blockIdx.y splits the box's items. `channels` are C', here and below. Dynamic
-// shared memory: see share_taps().
+// shared memory: see share_taps(); then, for Transposed, a tile of the output of `turn` channels.
 template <typename T, typename Coord, typename Layout, bool PositionSensitive>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
 roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __restrict__ rois, T* __restrict__ output,
           int batch_size, int channels, int pooled_height, int pooled_width, int sampling_ratio, int aligned,
-          int capacity) {
+          int capacity, int turn) {
     using Number = Compute<T>;
     constexpr int kChannels = Layout::kChannels;
     static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin lie apart in the input");
@@ -54,17 +54,19 @@ roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __
 
     const unsigned bins = static_cast<unsigned>(pooled_height) * static_cast<unsigned>(pooled_width);
     const int input_channels = PositionSensitive ? channels * static_cast<int>(bins) : channels;
-    const unsigned items = Layout::items(channels, bins);
-    for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < items; i += gridDim.y * blockDim.x) {
-        const Item item = Layout::item(i, channels, bins);
+    SharedRest rest(taps.taps + capacity);
+    Pooled<T, Layout> pooled(output, row, channels, bins, turn, rest);
+    const Divisor across(static_cast<unsigned>(pooled_width));
+    const Number share = 1 / taps.samples;
+    const auto average = [&](Item item) {
         T means[kChannels];
         if (own < 0) {
 #pragma unroll
             for (int j = 0; j < kChannels; ++j) means[j] = narrow<T>(image < 0 ? not_a_number<Number>() : Number(0));
         } else {
-            const unsigned bin_row = item.bin / static_cast<unsigned>(pooled_width);
+            const unsigned bin_row = across.quotient(item.bin);
             const Range rows = taps.bins[bin_row];
-            const Range columns = taps.bins[pooled_height + item.bin - bin_row * pooled_width];
+            const Range columns = taps.bins[pooled_height + item.bin - bin_row * across.value];
             const Slice<const T, Layout> source(input, image, input_channel<PositionSensitive>(item, bins),
                                                 input_channels, static_cast<long long>(height) * width);
             Number sum[kChannels] = {};
@@ -83,19 +85,21 @@ roi_align(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __
                 }
             }
 #pragma unroll
-            for (int j = 0; j < kChannels; ++j) means[j] = narrow<T>(sum[j] / taps.samples);
+            for (int j = 0; j < kChannels; ++j) means[j] = narrow<T>(sum[j] * share);
         }
-        Slice<T, Layout>(output, row, item.channel, channels, bins).store(item.bin, means);
-    }
+        pooled.store(item, means);
+    };
+    for_each_item<Layout>(channels, bins, turn, average, pooled);
 }
 
-// By atomic additions, in an order that differs from run to run, one for each tap. `grad` (K, C', PH, PW) shares its
-// memory format with `grad_inputs` (N, C, H, W), which hold zeros on entry. Work is split as in the forward pass.
+// By atomic additions, in an order that differs from run to run, one for each tap. `grad` (K, C', PH, PW) is in the
+// format of Layout's pooled tensors, `grad_inputs` (N, C, H, W), which hold zeros on entry, in that of its maps. Work is
+// split as in the forward pass, and shared memory is as there.
 template <typename T, typename Coord, typename Layout, bool PositionSensitive>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
 roi_align_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad_inputs, const T* __restrict__ grad,
                           const Coord* __restrict__ rois, int batch_size, int channels, int pooled_height,
-                          int pooled_width, int sampling_ratio, int aligned, int capacity) {
+                          int pooled_width, int sampling_ratio, int aligned, int capacity, int turn) {
     using Number = Compute<T>;
     constexpr int kChannels = Layout::kChannels;
     static_assert(!PositionSensitive || kChannels == 1, "neighbouring channels of a bin lie apart in the input");
@@ -113,18 +117,20 @@ roi_align_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad
 
     const unsigned bins = static_cast<unsigned>(pooled_height) * static_cast<unsigned>(pooled_width);
     const int input_channels = PositionSensitive ? channels * static_cast<int>(bins) : channels;
-    const unsigned items = Layout::items(channels, bins);
-    for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < items; i += gridDim.y * blockDim.x) {
-        const Item item = Layout::item(i, channels, bins);
-        const unsigned bin_row = item.bin / static_cast<unsigned>(pooled_width);
+    SharedRest rest(taps.taps + capacity);
+    Pooled<const T, Layout> pooled(grad, row, channels, bins, turn, rest);
+    const Divisor across(static_cast<unsigned>(pooled_width));
+    const Number share = 1 / taps.samples;
+    const auto scatter = [&](Item item) {
+        const unsigned bin_row = across.quotient(item.bin);
         const Range rows = taps.bins[bin_row];
-        const Range columns = taps.bins[pooled_height + item.bin - bin_row * pooled_width];
+        const Range columns = taps.bins[pooled_height + item.bin - bin_row * across.value];
         const Slice<Number, Layout> target(grad_inputs.data[level], image, input_channel<PositionSensitive>(item, bins),
                                            input_channels, static_cast<long long>(height) * width);
         Number gradients[kChannels];
-        Slice<const T, Layout>(grad, row, item.channel, channels, bins).load(item.bin, gradients);
+        pooled.load(item, gradients);
 #pragma unroll
-        for (int j = 0; j < kChannels; ++j) gradients[j] /= taps.samples;
+        for (int j = 0; j < kChannels; ++j) gradients[j] *= share;
         for (int r = rows.begin; r < rows.end; ++r) {
             const Tap<Number> vertical = taps.taps[r];
             const long long line = static_cast<long long>(vertical.cell) * width;
@@ -137,7 +143,8 @@ roi_align_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad
                 target.add(line + horizontal.cell, shares);
             }
         }
-    }
+    };
+    for_each_item<Layout>(channels, bins, turn, scatter, pooled);
 }
 
 // What the gather is about: the bins that a cell is a tap of.

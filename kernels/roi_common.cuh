@@ -23,6 +23,8 @@ template <typename T, typename Coord> inline constexpr int kMinBlocks = sizeof(T
 // The type that values of a storage type are compared and summed in: float, or double for double.
 template <typename T> struct ComputeType { using type = float; };
 template <> struct ComputeType<double> { using type = double; };
+template <> struct ComputeType<int> { using type = int; };  // indices stay what they are
+template <> struct ComputeType<long long> { using type = long long; };
 template <typename T> struct ComputeType<const T> : ComputeType<T> {};
 template <typename T> using Compute = typename ComputeType<T>::type;
 
@@ -30,6 +32,9 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ int widen(int value) { return value; }
+__device__ __forceinline__ long long widen(long long value) { return value; }
 
 // The nearest T. Exact for a number that widen() produced.
 template <typename T> __device__ __forceinline__ T narrow(Compute<T> value) { return value; }
@@ -69,6 +74,27 @@ __device__ __forceinline__ bool replaces(float candidate, float best) {
 #endif
 }
 
+// Whether greater_or_nan() is one instruction.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kHasGreaterOrNan = false;
+__device__ float greater_or_nan(float, float);
+#else
+inline constexpr bool kHasGreaterOrNan = true;
+// The greater number, of two zeros any; NaN where one is NaN.
+__device__ __forceinline__ float greater_or_nan(float a, float b) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+#else
+    return a != a ? a : b > a || b != b ? b : a;
+#endif
+}
+#endif
+
+// By its bits, for a comparison would take a subnormal number for one.
+__device__ __forceinline__ bool is_zero(float value) { return (__float_as_uint(value) << 1) == 0; }
+
 // The product, rounded. The compiler would contract a plain a * b + c into one rounding; coordinates are computed like
 // this so that the CPU has the same ones.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -78,6 +104,22 @@ __device__ __forceinline__ double multiply(double a, double b) { return __dmul_r
 struct Range {
     int begin;
     int end;
+};
+
+// Division of many unsigned integers below 2^30 by one: an estimate and its correction take a third of the instructions.
+struct Divisor {
+    unsigned value;
+    float inverse;
+
+    __device__ explicit Divisor(unsigned value) : value(value), inverse(1.0f / static_cast<float>(value)) {}
+
+    __device__ unsigned quotient(unsigned numerator) const {
+        unsigned quotient = static_cast<unsigned>(static_cast<float>(numerator) * inverse);
+        int rest = static_cast<int>(numerator - quotient * value);
+        for (; rest < 0; rest += static_cast<int>(value)) --quotient;
+        for (; rest >= static_cast<int>(value); rest -= static_cast<int>(value)) ++quotient;
+        return quotient;
+    }
 };
 
 // N neighbouring elements, moved by as few accesses as their size allows (16 bytes each at most).

@@ -25,11 +25,82 @@ inline constexpr int kBothEnds = 1;
 // The launches count on these: see roi_pool_launches.py.
 static_assert(sizeof(Range) == 8 && sizeof(Candidate<Extent>) == 24);
 
-// A block serves one box (blockIdx.x); blockIdx.y splits the box's items. Dynamic shared memory: see share_bins().
+// The maximum of each channel in a bin that has cells, and the cell of the first such.
+template <typename Source, typename Number, typename Index, int N>
+__device__ __forceinline__ void find_maxima(const Source& source, Range rows, Range columns, int width,
+                                            Number (&best)[N], Index (&cell_of_best)[N]) {
+    Index cell = static_cast<Index>(rows.begin) * width + columns.begin;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        best[j] = minus_infinity<Number>();
+        cell_of_best[j] = cell;
+    }
+    const int skip = width - (columns.end - columns.begin);
+    for (int y = rows.begin; y < rows.end; ++y, cell += skip) {
+        // The second load does not wait for the first comparison.
+#pragma unroll 2
+        for (int x = columns.begin; x < columns.end; ++x, ++cell) {
+            Number values[N];
+            source.load(cell, values);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                if (replaces(values[j], best[j])) {
+                    best[j] = values[j];
+                    cell_of_best[j] = cell;
+                }
+            }
+        }
+    }
+}
+
+// The same without the cells, by an instruction for each value. It does not tell zeros of two signs apart: a maximum of
+// zero is looked up.
+template <typename Index, typename Source, int N>
+__device__ __forceinline__ void find_maxima(const Source& source, Range rows, Range columns, int width,
+                                            float (&best)[N]) {
+    Index line = static_cast<Index>(rows.begin) * width;
+    const Index top = line;
+#pragma unroll
+    for (int j = 0; j < N; ++j) best[j] = minus_infinity<float>();
+    for (int y = rows.begin; y < rows.end; ++y, line += width) {
+        // Two loads in flight; the last cell may be looked at twice.
+#pragma unroll 1
+        for (int x = columns.begin; x < columns.end; x += 2) {
+            float values[2][N];
+            source.load(line + x, values[0]);
+            source.load(line + min(x + 1, columns.end - 1), values[1]);
+#pragma unroll
+            for (int j = 0; j < N; ++j) best[j] = greater_or_nan(greater_or_nan(best[j], values[0][j]), values[1][j]);
+        }
+    }
+
+    unsigned zeros = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) zeros |= is_zero(best[j]) ? 1u << j : 0u;
+    line = top;
+#pragma unroll 1
+    for (int y = rows.begin; zeros != 0 && y < rows.end; ++y, line += width) {
+#pragma unroll 1
+        for (int x = columns.begin; zeros != 0 && x < columns.end; ++x) {
+            float values[N];
+            source.load(line + x, values);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                if ((zeros & 1u << j) != 0 && is_zero(values[j])) {
+                    best[j] = values[j];
+                    zeros &= ~(1u << j);
+                }
+            }
+        }
+    }
+}
+
+// A block serves one box (blockIdx.x); blockIdx.y splits the box's items. Dynamic shared memory: see share_bins(); then,
+// for Transposed, a tile of the output and one of the argmax, of `turn` channels.
 template <typename T, typename Coord, typename Index, bool WithArgmax, typename Layout>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
 roi_pool(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __restrict__ rois, T* __restrict__ output,
-         Index* __restrict__ argmax, int batch_size, int channels, int pooled_height, int pooled_width) {
+         Index* __restrict__ argmax, int batch_size, int channels, int pooled_height, int pooled_width, int turn) {
     using Number = Compute<T>;
     constexpr int kChannels = Layout::kChannels;
     const long long row = blockIdx.x;
@@ -44,60 +115,60 @@ roi_pool(const __grid_constant__ Levels<const T, Coord> inputs, const Coord* __r
         share_bins(box, inputs.scale[level], kBothEnds, height, width, pooled_height, pooled_width);
 
     const unsigned bins = static_cast<unsigned>(pooled_height) * static_cast<unsigned>(pooled_width);
-    const unsigned items = Layout::items(channels, bins);
-    for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < items; i += gridDim.y * blockDim.x) {
-        const Item item = Layout::item(i, channels, bins);
-        const unsigned bin_row = item.bin / static_cast<unsigned>(pooled_width);
+    SharedRest rest(ranges + pooled_height + pooled_width);
+    Pooled<T, Layout> pooled(output, row, channels, bins, turn, rest);
+    const Divisor across(static_cast<unsigned>(pooled_width));
+    const auto pool = [&](Item item, Index (&cell_of_best)[kChannels]) {
+        const unsigned bin_row = across.quotient(item.bin);
         const Range rows = ranges[bin_row];
-        const Range columns = ranges[pooled_height + item.bin - bin_row * pooled_width];
-        const bool empty = rows.begin >= rows.end || columns.begin >= columns.end;
-        const bool pools = own >= 0 && !empty;
-
-        Index cell = static_cast<Index>(rows.begin) * width + columns.begin;
+        const Range columns = ranges[pooled_height + item.bin - bin_row * across.value];
         Number best[kChannels];
-        Index cell_of_best[kChannels];
-#pragma unroll
-        for (int j = 0; j < kChannels; ++j) {
-            best[j] = pools ? minus_infinity<Number>() : image >= 0 ? Number(0) : not_a_number<Number>();
-            cell_of_best[j] = pools ? cell : Index(-1);
-        }
-        if (pools) {
+        if (own >= 0 && rows.begin < rows.end && columns.begin < columns.end) {
             const Slice<const T, Layout> source(input, image, item.channel, channels,
                                                 static_cast<long long>(height) * width);
-            const int skip = width - (columns.end - columns.begin);
-            for (int y = rows.begin; y < rows.end; ++y, cell += skip) {
-                // The second load does not wait for the first comparison.
-#pragma unroll 2
-                for (int x = columns.begin; x < columns.end; ++x, ++cell) {
-                    Number values[kChannels];
-                    source.load(cell, values);
+            if constexpr (!WithArgmax && kHasGreaterOrNan && sizeof(Number) == sizeof(float)) {
+                find_maxima<Index>(source, rows, columns, width, best);
+            } else {
+                find_maxima(source, rows, columns, width, best, cell_of_best);
+            }
+        } else {
 #pragma unroll
-                    for (int j = 0; j < kChannels; ++j) {
-                        if (replaces(values[j], best[j])) {
-                            best[j] = values[j];
-                            cell_of_best[j] = cell;
-                        }
-                    }
-                }
+            for (int j = 0; j < kChannels; ++j) {
+                best[j] = image >= 0 ? Number(0) : not_a_number<Number>();
+                cell_of_best[j] = -1;
             }
         }
-
         T maxima[kChannels];
 #pragma unroll
         for (int j = 0; j < kChannels; ++j) maxima[j] = narrow<T>(best[j]);
-        Slice<T, Layout>(output, row, item.channel, channels, bins).store(item.bin, maxima);
-        if (WithArgmax) Slice<Index, Layout>(argmax, row, item.channel, channels, bins).store(item.bin, cell_of_best);
+        pooled.store(item, maxima);
+    };
+    if constexpr (WithArgmax) {
+        Pooled<Index, Layout> cells(argmax, row, channels, bins, turn, rest);
+        const auto pool_both = [&](Item item) {
+            Index cell_of_best[kChannels];
+            pool(item, cell_of_best);
+            cells.store(item, cell_of_best);
+        };
+        for_each_item<Layout>(channels, bins, turn, pool_both, pooled, cells);
+    } else {
+        const auto pool_alone = [&](Item item) {
+            Index unused[kChannels];
+            pool(item, unused);
+        };
+        for_each_item<Layout>(channels, bins, turn, pool_alone, pooled);
     }
 }
 
-// By atomic additions, in an order that differs from run to run. `grad` and `argmax` (K, C, PH, PW) share their memory
-// format with `grad_inputs` (N, C, H, W), which hold zeros on entry. A block serves one box (blockIdx.x); neighbouring
-// threads take neighbouring elements in memory.
-template <typename T, typename Coord, typename Index, bool ChannelsLast>
+// By atomic additions, in an order that differs from run to run. `grad_inputs` (N, C, H, W), in the maps' format of
+// Layout, hold zeros on entry; `grad` and `argmax` (K, C, PH, PW) are in that of its pooled tensors. A block serves one
+// box (blockIdx.x). Dynamic shared memory, for Transposed: a tile of `grad` and one of `argmax`, of `turn` channels.
+template <typename T, typename Coord, typename Index, typename Layout>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<T, Coord>)
 roi_pool_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad_inputs, const T* __restrict__ grad,
                          const Coord* __restrict__ rois, const Index* __restrict__ argmax, int batch_size, int channels,
-                         int pooled_height, int pooled_width) {
+                         int pooled_height, int pooled_width, int turn) {
+    static_assert(Layout::kChannels == 1, "neighbouring channels have their maxima in cells of their own");
     const long long row = blockIdx.x;
     const Coord* const box = rois + row * kBoxSize;
     const int image = image_of(box, batch_size);
@@ -106,18 +177,19 @@ roi_pool_backward_atomic(const __grid_constant__ Levels<Compute<T>, Coord> grad_
     const int level = level_of(grad_inputs, box);
     if (level < 0) return;
     const unsigned bins = static_cast<unsigned>(pooled_height) * static_cast<unsigned>(pooled_width);
-    const unsigned items = static_cast<unsigned>(channels) * bins;
     const long long cells = static_cast<long long>(grad_inputs.height[level]) * grad_inputs.width[level];
-    const long long first = row * items;
-    Compute<T>* const target = grad_inputs.data[level] + static_cast<long long>(image) * channels * cells;
-
-    for (unsigned item = blockIdx.y * blockDim.x + threadIdx.x; item < items; item += gridDim.y * blockDim.x) {
-        const long long cell = argmax[first + item];
-        if (cell < 0 || cell >= cells) continue;
-        const unsigned channel = ChannelsLast ? item % static_cast<unsigned>(channels) : item / bins;
-        atomicAdd(target + (ChannelsLast ? cell * channels + channel : channel * cells + cell),
-                  widen(grad[first + item]));
-    }
+    SharedRest rest(dynamic_shared<T>());
+    Pooled<const T, Layout> gradients(grad, row, channels, bins, turn, rest);
+    Pooled<const Index, Layout> cells_of_best(argmax, row, channels, bins, turn, rest);
+    const auto add = [&](Item item) {
+        Index cell[1];
+        cells_of_best.load(item, cell);
+        if (cell[0] < 0 || cell[0] >= cells) return;
+        Compute<T> gradient[1];
+        gradients.load(item, gradient);
+        Slice<Compute<T>, Layout>(grad_inputs.data[level], image, item.channel, channels, cells).add(cell[0], gradient);
+    };
+    for_each_item<Layout>(channels, bins, turn, add, gradients, cells_of_best);
 }
 
 // What roi_pool's gather is about: the bins that have their maximum in a cell.

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from roi.cupy_path import access
+
 ALL_TRUST_CASES = 20_000
 TALLY = pytest.StashKey[Counter[str]]()  # of what the trust suite did
 
@@ -20,6 +22,16 @@ def import_problem(module: str) -> str | None:
     except Exception as error:
         return f"{module} does not import here ({type(error).__name__}: {error})"
     return None
+
+
+@pytest.fixture(params=["contiguous", "copied", "channels_last"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.memory_format:
+    """Of the features that a test of the CUDA path takes, for those that do not say it themselves.
+
+    "copied": contiguous ones that the launches copy to channels_last, whatever their size; else they never do.
+    """
+    monkeypatch.setattr(access, "copy_pays", lambda maps, pooled, accesses: request.param == "copied")
+    return torch.channels_last if request.param == "channels_last" else torch.contiguous_format
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

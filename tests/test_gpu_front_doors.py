@@ -78,7 +78,8 @@ def test_output_and_gradients_are_the_cpus(
 ) -> None:
     if backend == "torchvision" and dtype != torch.float32:
         pytest.skip("its operators compute boxes in the features' dtype, and have no bfloat16")
-    maps, rois = pyramid(dtype, layout), ordinary_boxes(40, 2, 160, 224, seed=1).float()
+    maps, rois = pyramid(dtype, layout), ordinary_boxes(40, 2, 160, 224, seed=1)
+    rois = rois if dtype == torch.float64 else rois.float()  # coordinates are rounded in the dtype of the boxes
     leaves = [x.requires_grad_() for x in maps]
     expected = PUBLIC[name](leaves, rois)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -93,7 +94,8 @@ def test_output_and_gradients_are_the_cpus(
         roi.set_default_backend("auto")
     assert output.dtype == dtype
     assert output.is_contiguous(memory_format=layout)
-    allowed = 4 * torch.finfo(dtype).eps
+    # torchvision's kernels contract products and sums of coordinates, of up to 56 cells.
+    allowed = (1e-5 if backend == "torchvision" else 1e-6) if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     if name in ("roi_pool", "multiscale_roi_pool"):
         assert torch.equal(output.cpu(), expected)
     assert relative_error(output.cpu(), expected.detach()) < allowed
@@ -107,7 +109,13 @@ def test_output_and_gradients_are_the_cpus(
 def test_no_boxes_and_rows_that_are_rejected(name: str) -> None:
     maps = on_gpu(pyramid(torch.float32, torch.contiguous_format))
     assert PUBLIC[name](maps, torch.zeros(0, 5, device=DEVICE)).shape[0] == 0
-    rows = [[0.0, 1, 1, 9, 9], [7, 1, 1, 9, 9], [-1, 1, 1, 9, 9], [0, float("nan"), 1, 9, 9], [0, 1, 1, float("inf"), 9]]
+    rows = [
+        [0.0, 1, 1, 9, 9],
+        [7, 1, 1, 9, 9],
+        [-1, 1, 1, 9, 9],
+        [0, float("nan"), 1, 9, 9],
+        [0, 1, 1, float("inf"), 9],
+    ]
     output = PUBLIC[name](maps, torch.tensor(rows, device=DEVICE))
     assert output.flatten(1).isnan().all(dim=1).tolist() == [False, True, True, True, True]
     assert not output[0].isnan().any()

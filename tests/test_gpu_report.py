@@ -30,6 +30,7 @@ def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_report, "environment", lambda device: {"device": "Some GPU, 80GB", "torch": "2"})
     monkeypatch.setattr(gpu_report, "PARTS", PARTS)
+    monkeypatch.setattr(gpu_report, "TOGETHER", ("broken", "hangs"))
     return tmp_path
 
 
@@ -66,7 +67,9 @@ def test_rows_of_an_earlier_report_are_not_taken_for_new_ones(report: Path, monk
 
 def test_parts_are_commands_that_their_programs_take() -> None:
     """Only that: with --help they run nothing. And together they end in time."""
-    assert sum(part.limit for part in gpu_report.PARTS.values()) <= 8 * 60
+    limits = {name: part.limit for name, part in gpu_report.PARTS.items()}
+    together = max(limits.pop(name) for name in gpu_report.TOGETHER)
+    assert together + sum(limits.values()) <= 8 * 60
     for name, part in gpu_report.PARTS.items():
         if part.writes:
             # The programs refuse a device that is not there.

@@ -24,16 +24,23 @@ from tests.cuda_on_cpu import (
     ps_roi_pool_variants,
     roi_align_variants,
     roi_pool_variants,
+    transpose_variants,
 )
 
 # What CuPy adds to the options of every kernel.
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
-VARIANTS = {"roi_pool": roi_pool_variants, "roi_align": roi_align_variants, "ps_roi_pool": ps_roi_pool_variants}
+VARIANTS = {
+    "roi_pool": roi_pool_variants,
+    "roi_align": roi_align_variants,
+    "ps_roi_pool": ps_roi_pool_variants,
+    "transpose": transpose_variants,
+}
 # Compiled for every architecture; all variants for one.
 REPRESENTATIVES = {
     "roi_pool": roi_pool_variants(("float", "__nv_bfloat16"), ("float",), ("int",)),
     "roi_align": roi_align_variants(("float", "__nv_bfloat16"), ("float",)),
     "ps_roi_pool": ps_roi_pool_variants(("__nv_bfloat16",), ("float",)),
+    "transpose": transpose_variants(("float", "__nv_bfloat16")),
 }
 OLDEST = 75
 

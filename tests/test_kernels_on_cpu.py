@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from roi._problem import memory_format
-from roi.cupy_path import launch
-from tests.cuda_on_cpu import COMPILER, Library, build, roi_pool_variants
+from roi.cupy_path import access, launch
+from tests.cuda_on_cpu import COMPILER, Library, build, roi_pool_variants, transpose_variants
 from tests.flat_calls import CUPY as cupy_path
 from tests.reference import max_pool
 from tests.reference.boxes import hostile_boxes, ordinary_boxes
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 COORDINATES = [torch.float32, torch.float64]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # (N, C, H, W), output size, scale. 8 channels take the vector accesses, the others do not.
 CASES = [
     ((2, 8, 9, 13), (7, 7), 0.25),
@@ -39,7 +38,8 @@ CASES = [
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     variants = roi_pool_variants(indices=("int",))
     variants += roi_pool_variants(features=("float",), coordinates=("float",), indices=("long long",))
-    return Library(build(tmp_path_factory.mktemp("cuda_on_cpu"), "roi_pool", variants))
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    return Library(build(folder, "roi_pool", variants), build(folder, "transpose", transpose_variants()))
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, library: Library) -> Library:
     monkeypatch.setattr(launch, "run", library.run)
     monkeypatch.setattr(launch, "THREADS", 32)
     monkeypatch.setattr(launch, "MAX_GRID_Y", 2)
+    monkeypatch.setattr(access, "TILE_BYTES", 1024)
     library.launched.clear()
     return library
 
@@ -76,7 +77,6 @@ def expected_pool(input: Tensor, rois: Tensor, scale: float, size: tuple[int, in
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("deterministic")  # torch.empty is then filled: an element that is not written shows
@@ -98,7 +98,6 @@ def test_forward(dtype, coordinates, layout, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
@@ -119,12 +118,11 @@ def test_backward(ordered, dtype, coordinates, layout, case, request, on_cpu):
     assert actual.dtype == dtype
     assert actual.is_contiguous(memory_format=memory_format(argmax))
     assert torch.equal(actual.double(), expected)
-    assert [name.split("<")[0] for name in on_cpu.launched] == [
+    assert [name.split("<")[0] for name in on_cpu.operators] == [
         "roi::roi_pool_backward_gather" if ordered else "roi::roi_pool_backward_atomic"
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_backward_adds_in_the_order_of_boxes_and_bins(dtype, layout):
@@ -163,7 +161,6 @@ def test_every_cell_of_a_box_belongs_to_the_bins_that_the_gather_looks_at(size):
     assert torch.equal(actual.flatten(), expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
 def test_positions_off_the_map_are_ignored(ordered, layout, request):
     """They do not come from the forward pass, but they are memory addresses all the same."""
@@ -177,7 +174,6 @@ def test_positions_off_the_map_are_ignored(ordered, layout, request):
     assert torch.equal(actual, torch.zeros(shape))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
 def test_positions_of_64_bits(ordered, layout, monkeypatch, request, on_cpu):
     if ordered:
@@ -195,10 +191,9 @@ def test_positions_of_64_bits(ordered, layout, monkeypatch, request, on_cpu):
     expected = max_pool.roi_pool_backward(grad.double().numpy(), rois.numpy(), positions.numpy(), shape)
     actual = pool_backward(grad, rois, argmax, scale, shape)
     assert torch.equal(actual.double(), torch.from_numpy(expected))
-    assert all("long long" in name for name in on_cpu.launched)
+    assert all("long long" in name for name in on_cpu.operators)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("deterministic")
 def test_with_as_many_threads_as_on_a_device(dtype, layout, monkeypatch):
@@ -304,7 +299,6 @@ def test_sizes_beyond_what_the_kernels_address_are_refused(shape, size, named, o
 
 
 @pytest.mark.torchvision
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [1.0, 0.25, 1 / 16])
 @pytest.mark.parametrize("size", [(7, 7), (2, 3), (14, 1)])
 def test_agrees_with_torchvision_on_ordinary_boxes(size, scale, layout):
@@ -330,7 +324,6 @@ def expected_of_levels(inputs: list[Tensor], rois: Tensor, size: tuple[int, int]
     return torch.from_numpy(output).to(inputs[0].dtype), torch.from_numpy(argmax), level
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
@@ -353,7 +346,7 @@ def test_levels_in_one_launch(ordered, dtype, coordinates, layout, request, on_c
     sizes = ([height for height, _ in SIZES], [width for _, width in SIZES])
     options = (SCALES, *CANONICAL, 2, 8, *sizes, layout is torch.channels_last)
     gradients = cupy_path.multiscale_roi_pool_backward(grad, rois, argmax, *options)
-    assert len(on_cpu.launched) == 2
+    assert len(on_cpu.operators) == 2
     for i, (actual, shape) in enumerate(zip(gradients, shapes, strict=True)):
         mine = level == i
         arrays = (x[mine].numpy() for x in (grad.double(), rois, positions))
@@ -369,7 +362,6 @@ def test_boxes_without_an_area_belong_to_the_finest_level():
     assert output.flatten().tolist() == [0, 0, 0, 2]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("ordered", [False, True], ids=["atomic", "gather"])
 @pytest.mark.parametrize("name", PYRAMIDS)
@@ -397,7 +389,7 @@ def test_any_list_of_scales(name, ordered, coordinates, layout, request, on_cpu)
     sizes = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
     sizes = *shapes[0][:2], *sizes, layout is torch.channels_last
     gradients = cupy_path.multiscale_roi_pool_backward(grad.to(dtype), rois, argmax, *flat, *sizes)
-    assert f"backward_{'gather' if ordered else 'atomic'}" in on_cpu.launched[-1]
+    assert f"backward_{'gather' if ordered else 'atomic'}" in on_cpu.operators[-1]
     for actual, of_level in zip(gradients, expected_gradients, strict=True):
         assert torch.equal(actual.double(), torch.from_numpy(of_level))
         assert actual.is_contiguous(memory_format=layout)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from roi.cupy_path import launch
+from roi.cupy_path import access, launch
 from roi.cupy_path import roi_align_launches as align
-from tests.cuda_on_cpu import COMPILER, Library, build, ps_roi_pool_variants, roi_align_variants
+from tests.cuda_on_cpu import COMPILER, Library, build, ps_roi_pool_variants, roi_align_variants, transpose_variants
 from tests.cuda_on_cpu.operators import (
     ADAPTIVE,
     CANONICAL,
@@ -36,7 +36,6 @@ from tests.reference.pyramids import PYRAMIDS, boxes_of_all_kinds
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # Of features and boxes: what the library is built for.
 DTYPES = [
     (torch.float32, torch.float32),
@@ -47,7 +46,6 @@ DTYPES = [
     (torch.bfloat16, torch.float32),
 ]
 dtypes = pytest.mark.parametrize(("dtype", "coordinates"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 ways = pytest.mark.parametrize("way", ["atomic", "gather"], indirect=True)
 
 
@@ -62,6 +60,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     for source, variants in (("roi_align", roi_align_variants), ("ps_roi_pool", ps_roi_pool_variants)):
         names = [name for feature, coordinate in types for name in variants((feature,), (coordinate,))]
         built.append(build(folder, source, names))
+    built.append(build(folder, "transpose", transpose_variants()))
     return Library(*built)
 
 
@@ -71,6 +70,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, library: Library) -> Library:
     monkeypatch.setattr(launch, "run", library.run)
     monkeypatch.setattr(launch, "THREADS", 32)
     monkeypatch.setattr(launch, "MAX_GRID_Y", 2)
+    monkeypatch.setattr(access, "TILE_BYTES", 1024)
     monkeypatch.setattr(launch, "SLOTS_BYTES", 2048)
     monkeypatch.setattr(align, "has_vector_atomics", lambda device: True)
     library.launched.clear()
@@ -93,7 +93,6 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 @cases
-@layouts
 @dtypes
 @pytest.mark.usefixtures("deterministic")  # torch.empty is then filled: an element that is not written shows
 def test_forward(dtype, coordinates, layout, case):
@@ -108,7 +107,6 @@ def test_forward(dtype, coordinates, layout, case):
 
 
 @cases
-@layouts
 @dtypes
 @ways
 def test_backward(way, dtype, coordinates, layout, case, on_cpu):
@@ -119,13 +117,12 @@ def test_backward(way, dtype, coordinates, layout, case, on_cpu):
     assert actual.dtype == dtype
     assert actual.is_contiguous(memory_format=layout)
     assert_sums_close(actual, expected)
-    assert [f"backward_{way}<" in name for name in on_cpu.launched] == [True]
+    assert [f"backward_{way}<" in name for name in on_cpu.operators] == [True]
 
 
 # --- Pyramids
 
 
-@layouts
 @dtypes
 @pytest.mark.parametrize(("sampling_ratio", "aligned"), [(-1, False), (2, True)])
 @pytest.mark.usefixtures("deterministic")
@@ -139,10 +136,9 @@ def test_levels_in_one_launch(sampling_ratio, aligned, dtype, coordinates, layou
     output = cupy_path.multiscale_roi_align(features, rois, SCALES, *CANONICAL, 3, 2, sampling_ratio, aligned)
     assert_sums_close(output, expected)
     assert output.is_contiguous(memory_format=layout)
-    assert len(on_cpu.launched) == 1
+    assert len(on_cpu.operators) == 1
 
 
-@layouts
 @dtypes
 @ways
 def test_gradients_of_levels_in_one_launch(way, dtype, coordinates, layout, on_cpu):
@@ -157,10 +153,9 @@ def test_gradients_of_levels_in_one_launch(way, dtype, coordinates, layout, on_c
     for of_level, expected_of_level in zip(actual, expected, strict=True):
         assert of_level.is_contiguous(memory_format=layout)
         assert_sums_close(of_level, torch.from_numpy(expected_of_level))
-    assert len(on_cpu.launched) == 1
+    assert len(on_cpu.operators) == 1
 
 
-@layouts
 @ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", PYRAMIDS)
@@ -184,7 +179,7 @@ def test_any_list_of_scales(name, dtype, way, layout, on_cpu):
     sizes = [shape[2] for shape in shapes], [shape[3] for shape in shapes]
     sizes = *shapes[0][:2], *sizes, layout is torch.channels_last
     gradients = cupy_path.multiscale_roi_align_backward(grad.to(dtype), rois, *flat, *sampling, *sizes)
-    assert [f"backward_{way}<" in launched for launched in on_cpu.launched] == [False, True]
+    assert [f"backward_{way}<" in launched for launched in on_cpu.operators] == [False, True]
     for actual, of_level in zip(gradients, expected_gradients, strict=True):
         assert actual.is_contiguous(memory_format=layout)
         assert_sums_close(actual, torch.from_numpy(of_level))
@@ -223,7 +218,6 @@ def test_agrees_with_torchvisions_multi_scale_roi_align(levels):
 
 
 @pytest.mark.torchvision
-@layouts
 @pytest.mark.parametrize("sampling_ratio", [-1, 1, 2, 5])
 @pytest.mark.parametrize("name", ["roi_align", "roi_align aligned", "ps_roi_align", "ps_roi_pool"])
 def test_agrees_with_torchvision_on_ordinary_boxes(name, sampling_ratio, layout):
@@ -258,7 +252,6 @@ def test_agrees_with_torchvision_on_ordinary_boxes(name, sampling_ratio, layout)
 # --- What the cases above do not reach
 
 
-@layouts
 @pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[9]], ids=["roi_align", "ps_roi_align", "ps_roi_pool"])
 @pytest.mark.usefixtures("deterministic")
 def test_with_as_many_threads_as_on_a_device(case, layout, monkeypatch):
@@ -312,7 +305,6 @@ def test_vector_accesses_only_where_they_can_be(
     ]
 
 
-@layouts
 def test_features_without_weight_are_not_read(layout):
     """NaN on one cell is seen by the bins that have a sample less than a cell from it, and by no other."""
     input = torch.zeros(1, 4, 8, 8).contiguous(memory_format=layout)
@@ -339,7 +331,6 @@ def test_work_does_not_grow_with_what_lies_off_the_map(way):
         torch.testing.assert_close((gradient * input).sum(), output.sum())
 
 
-@layouts
 @pytest.mark.parametrize("size", [(1, 700), (600, 2)])
 @pytest.mark.usefixtures("deterministic")
 def test_a_gather_of_very_many_bins_takes_smaller_patches(size, layout, monkeypatch):
@@ -407,4 +398,4 @@ def test_what_does_not_fit_the_shared_memory_is_refused(on_cpu, request):
     grad = torch.zeros(1, 1, 6100, 43, dtype=torch.float64)
     with pytest.raises(launch.KernelLimitError, match="6100 x 43 bins"):
         cupy_path.roi_align_backward(grad, rois, 1.0, 2, False, 1, 1, 4, 4, False)
-    assert len(on_cpu.launched) == 1
+    assert len(on_cpu.operators) == 1

@@ -28,13 +28,12 @@ from tests.reference import weighted_pool
 from tests.reference.boxes import hostile_boxes, ordinary_boxes
 from tests.reference.comparison import assert_sums_close, relative_error, same_bits
 from tests.reference.maps import numbers
+from tests.test_position_sensitive import exact
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 ways = pytest.mark.parametrize("way", ["atomic", "gather"], indirect=True)
 SIZE, SCALE = (7, 7), 1 / 16
 OPERATORS = [SAMPLING_2, PS_ADAPTIVE, PS_POOL]
@@ -75,7 +74,6 @@ def detector_pyramid(layout: torch.memory_format) -> tuple[list[Tensor], Tensor]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].name}{case[0].options}-{case[2]}")
-@layouts
 @pytest.mark.parametrize("coordinates", [torch.float32, torch.float64], ids=["boxes32", "boxes64"])
 @dtypes
 def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, case):
@@ -97,7 +95,6 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
         assert_sums_close(gradient, expected_gradient)
 
 
-@layouts
 @pytest.mark.parametrize("coordinates", [torch.float32, torch.float64], ids=["boxes32", "boxes64"])
 @dtypes
 @ways
@@ -119,7 +116,6 @@ def test_levels_match_the_reference(way, dtype, coordinates, layout):
         assert_sums_close(gradient, torch.from_numpy(of_level))
 
 
-@layouts
 @pytest.mark.parametrize("sampling_ratio", [-1, 2])
 @ways
 def test_a_detectors_pyramid_matches_the_torch_path(way, sampling_ratio, layout):
@@ -156,36 +152,44 @@ def test_a_detectors_pyramid_matches_the_torch_path(way, sampling_ratio, layout)
         assert relative_error(actual, expected) < 1e-6
 
 
+# Of the mean of values of about 1, and of the sums of a gradient. Coordinates of up to 84 cells are rounded in float32,
+# by torchvision's kernel otherwise than by ours (it contracts products and sums); neighbouring cells differ by up to 8.
+ROUNDING = {torch.float64: (1e-12, 1e-12), torch.float32: (84 * 2**-24 * 8, 1e-6)}
+
+
 @pytest.mark.torchvision
-@layouts
 @ways
 @pytest.mark.parametrize("sampling_ratio", [-1, 2])
 @pytest.mark.parametrize("aligned", [False, True])
-def test_roi_align_matches_torchvision(aligned, sampling_ratio, way, layout):
+@pytest.mark.parametrize("dtype", ROUNDING, ids=["float64", "float32"])
+def test_roi_align_matches_torchvision(dtype, aligned, sampling_ratio, way, layout):
     from torchvision import ops
 
-    input, rois = workload(SAMPLING_2, layout)
+    input, rois = (x.to(dtype) for x in workload(SAMPLING_2, layout))
+    of_means, of_sums = ROUNDING[dtype]
     leaf = input.detach().clone().requires_grad_()
     # torchvision's gradient has no deterministic form on CUDA.
     torch.use_deterministic_algorithms(False)
     expected = ops.roi_align(leaf, rois, SIZE, SCALE, sampling_ratio, aligned)
-    grad = torch.randn(expected.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    grad = torch.randn(expected.shape, dtype=dtype, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     expected.backward(grad)
     torch.use_deterministic_algorithms(way == "gather")
     output = cupy_path.roi_align(input, rois, SCALE, *SIZE, sampling_ratio, aligned)
-    torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output, expected.detach(), rtol=0, atol=of_means)
     channels_last = layout is torch.channels_last
     gradient = cupy_path.roi_align_backward(grad, rois, SCALE, sampling_ratio, aligned, *input.shape, channels_last)
-    assert relative_error(gradient, leaf.grad) < 1e-6
+    assert relative_error(gradient, leaf.grad) < of_sums
 
 
 @pytest.mark.torchvision
-@layouts
 def test_position_sensitive_operators_match_torchvision(layout):
     from torchvision import ops
 
     input, rois = workload(PS_POOL, layout)
-    input, rois = input.double(), rois.double()  # in float32 torchvision cuts a few bins a cell too large
+    input, rois = input.double(), rois.double()
+    # At a few sizes torchvision cuts a bin a cell too large.
+    rois = rois[exact("pool", rois.cpu(), SCALE, SIZE).cuda()]
+    assert len(rois) > 400
     output = cupy_path.ps_roi_pool(input, rois, SCALE, *SIZE)
     torch.testing.assert_close(output, ops.ps_roi_pool(input, rois, SIZE, SCALE))
     output = cupy_path.ps_roi_align(input, rois, SCALE, *SIZE, 2)
@@ -193,7 +197,6 @@ def test_position_sensitive_operators_match_torchvision(layout):
 
 
 @operators
-@layouts
 @dtypes
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_backward_repeats_bit_for_bit(dtype, layout, operator):
@@ -225,7 +228,6 @@ def test_runs_on_the_current_stream(operator):
     assert same_bits(output, expected)
 
 
-@layouts
 @ways
 def test_cuda_graph_capture_and_replay(way, layout):
     """Of a pyramid: boxes may change their level between replays."""

@@ -18,9 +18,7 @@ from tests.reference.maps import features
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 # (N, C, H, W), output size, scale.
 CASES = [
     ((2, 8, 25, 42), (7, 7), 1 / 16),
@@ -57,7 +55,6 @@ def workload(device: str = "cuda", layout: torch.memory_format = torch.contiguou
 
 
 @pytest.mark.parametrize("case", CASES)
-@layouts
 @pytest.mark.parametrize("coordinates", [torch.float32, torch.float64], ids=["boxes32", "boxes64"])
 @dtypes
 def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, case):
@@ -92,7 +89,6 @@ def test_forward_and_backward_match_the_reference(dtype, coordinates, layout, ca
 
 
 @pytest.mark.torchvision
-@layouts
 def test_matches_torchvision(layout):
     from torchvision import ops
 
@@ -114,7 +110,6 @@ def test_matches_torchvision(layout):
     assert torch.equal(gradient, leaf.grad)
 
 
-@layouts
 @dtypes
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_backward_repeats_bit_for_bit(dtype, layout):
@@ -145,7 +140,6 @@ def test_runs_on_the_current_stream():
     assert same_bits(output, expected)
 
 
-@layouts
 def test_cuda_graph_capture_and_replay(layout):
     input, rois = workload(layout=layout)
     grad = torch.ones(len(rois), input.shape[1], *SIZE, device="cuda").contiguous(memory_format=layout)

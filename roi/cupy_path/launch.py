@@ -132,9 +132,14 @@ def of_one_format(maps: Sequence[Tensor]) -> list[Tensor]:
 
 def lanes(maps: Sequence[Tensor]) -> int:
     """Channels per vector access of channels_last maps: what 16 bytes hold, or 1 where C or an address forbids it."""
-    most = VECTOR_BYTES // maps[0].element_size()
     aligned = all(x.data_ptr() % VECTOR_BYTES == 0 for x in maps)
-    return most if aligned and maps[0].shape[1] % most == 0 else 1
+    return lanes_of(maps[0].shape[1], maps[0].element_size()) if aligned else 1
+
+
+def lanes_of(channels: int, element_bytes: int) -> int:
+    """Channels per vector access of aligned channels_last maps."""
+    most = VECTOR_BYTES // element_bytes
+    return most if channels % most == 0 else 1
 
 
 def ceil_divide(numerator: int, denominator: int) -> int:
@@ -175,13 +180,6 @@ def check_shared(shared_bytes: int, what: str) -> None:
         )
 
 
-def per_box(boxes: int, items: int, shared_bytes: int) -> LaunchGrid:
-    """For kernels in which blockIdx.x is the box and a thread takes its items one by one."""
-    threads = min(THREADS, 32 * ceil_divide(items, 32))
-    blocks = min(ceil_divide(items, threads), ceil_divide(ENOUGH_BLOCKS, boxes), MAX_GRID_Y)
-    return LaunchGrid((boxes, blocks), (threads,), shared_bytes)
-
-
 def per_cell(maps: Maps, pooling: Pooling, candidate_bytes: int, weight_bytes: int) -> tuple[LaunchGrid, int]:
     """Of the gather (roi_gather.cuh): the grid, and `slots`. `weight_bytes` is 0 where cells have no weights."""
     # Along x lie the neighbours in memory: a full warp of them, or as many as there are.
@@ -209,15 +207,10 @@ def per_cell(maps: Maps, pooling: Pooling, candidate_bytes: int, weight_bytes: i
     return grid, slots
 
 
-def gradient_maps(grad: Tensor, maps: Maps) -> list[Tensor]:
-    """What a backward kernel writes to: for a gather anything, in the dtype of `grad`; else zeros, at least float32."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    dtype = grad.dtype if deterministic else torch.promote_types(grad.dtype, torch.float32)
-    gradients = empty_gradients(grad.new_empty(0, dtype=dtype), maps)
-    if grad.numel() == 0 or not deterministic:
-        for x in gradients:
-            x.zero_()
-    return gradients
+def zeros(grad: Tensor, maps: Maps) -> list[Tensor]:
+    """What an atomic backward kernel adds to: at least float32."""
+    gradients = empty_gradients(grad.new_empty(0, dtype=torch.promote_types(grad.dtype, torch.float32)), maps)
+    return [x.zero_() for x in gradients]
 
 
 class _StreamHandle:

@@ -8,9 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from roi._outputs import empty_pooled
+from roi._outputs import empty_gradients, empty_pooled
 from roi._problem import Maps, Pooling
-from roi.cupy_path import launch
+from roi.cupy_path import access, launch
+from roi.cupy_path.transpose_launches import to_channels_last, to_contiguous
 
 CANDIDATE_BYTES = {torch.float32: 32, torch.float64: 56}  # Candidate<Sampling<…>>
 VECTOR_ATOMICS = 4  # numbers, all float32
@@ -29,20 +30,23 @@ def align(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     if output.numel() == 0:
         return output
 
-    together = launch.lanes(maps) if shape.channels_last else launch.CHANNELS_PER_THREAD
-    per_thread = 1 if pooling.position_sensitive else together
-    types = f"{feature}, {launch.COORDINATES[rois.dtype]}, {launch.layout(shape.channels_last, per_thread)}"
+    capacity, taps_bytes = taps_memory(shape, pooling, launch.number_bytes(output.dtype))
+    if pooling.position_sensitive:
+        how = access.as_they_lie(shape.channels_last, 1, output.shape[1], len(rois), taps_bytes, output.element_size())
+    else:
+        tile = (output.element_size(),)
+        maps, how = access.of_maps(maps, len(rois), output.numel(), pooling.bins, taps_bytes, tile)
+    types = f"{feature}, {launch.COORDINATES[rois.dtype]}, {how.layout}"
     expression = f"roi::roi_align<{types}, {launch.flag(pooling.position_sensitive)}>"
-    capacity, shared_bytes = taps_memory(shape, pooling, launch.number_bytes(output.dtype))
     channels = output.shape[1]
     arguments = (
         launch.levels(maps, pooling, rois.dtype),
         rois.data_ptr(),
         output.data_ptr(),
         *sampling_arguments(shape.batch, channels, pooling, capacity),
+        *launch.int32(how.turn),
     )
-    items = launch.ceil_divide(channels, per_thread) * pooling.bins
-    launch.run("roi_align", expression, launch.per_box(len(rois), items, shared_bytes), arguments, rois.device)
+    launch.run("roi_align", expression, how.grid(len(rois), channels, pooling.bins), arguments, rois.device)
     return output
 
 
@@ -50,31 +54,63 @@ def align_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> l
     """Gradients of `align` with respect to the maps, of Tensor[K, C, pooled_height, pooled_width] `grad`."""
     check_cells(maps)
     launch.check_limits(maps, pooling)
-    feature = launch.feature_type(grad.dtype)
+    launch.feature_type(grad.dtype)
     rois, grad = rois.contiguous(), grad.contiguous(memory_format=maps.layout)
-    gradients = launch.gradient_maps(grad, maps)
     if grad.numel() == 0 or maps.batch == 0:
-        return [x.to(grad.dtype) for x in gradients]
+        return [torch.zeros_like(x) for x in empty_gradients(grad, maps)]
+    may_turn = not (maps.channels_last or pooling.position_sensitive)
+    through_last = may_turn and access.copy_pays(maps, grad.numel(), access.ADDITIONS)
+    if not torch.are_deterministic_algorithms_enabled():
+        return scatter(grad, rois, pooling, maps, through_last)
+    if not through_last:
+        return gather(grad, rois, pooling, maps)
+    gradients = gather(to_channels_last(grad), rois, pooling, maps._replace(channels_last=True))
+    return [to_contiguous(x, x.dtype) for x in gradients]
 
+
+def scatter(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps, through_last: bool) -> list[Tensor]:
+    """By atomic additions, to gradients in channels_last memory first where `through_last`."""
     channels = grad.shape[1]
-    types = f"{feature}, {launch.COORDINATES[rois.dtype]}"
-    sensitive = launch.flag(pooling.position_sensitive)
-    levels, pointers = launch.levels(gradients, pooling, rois.dtype), (grad.data_ptr(), rois.data_ptr())
-    if torch.are_deterministic_algorithms_enabled():
-        expression = f"roi::roi_align_backward_gather<{types}, {launch.flag(maps.channels_last)}, {sensitive}>"
-        weight_bytes = launch.number_bytes(grad.dtype)
-        grid, slots = launch.per_cell(maps, pooling, CANDIDATE_BYTES[rois.dtype], weight_bytes)
-        options = (*launch.int32(len(rois)), *sampling_arguments(maps.batch, channels, pooling, slots))
-    else:
-        per_thread = channels_per_atomic(grad, gradients, maps, pooling)
-        layout = launch.layout(maps.channels_last, per_thread)
-        expression = f"roi::roi_align_backward_atomic<{types}, {layout}, {sensitive}>"
-        capacity, shared_bytes = taps_memory(maps, pooling, launch.number_bytes(grad.dtype))
-        items = launch.ceil_divide(channels, per_thread) * pooling.bins
-        grid = launch.per_box(len(rois), items, shared_bytes)
-        options = sampling_arguments(maps.batch, channels, pooling, capacity)
-    launch.run("roi_align", expression, grid, (levels, *pointers, *options), rois.device)
+    capacity, taps_bytes = taps_memory(maps, pooling, launch.number_bytes(grad.dtype))
+    per_thread, target = channels_per_atomic(grad, maps, pooling), maps
+    how = access.as_they_lie(maps.channels_last, per_thread, channels, len(rois), taps_bytes, grad.element_size())
+    if through_last:
+        last = maps._replace(channels_last=True)
+        per_thread = channels_per_atomic(grad, last, pooling)
+        turned = access.transposed(channels, per_thread, len(rois), pooling.bins, taps_bytes, (grad.element_size(),))
+        how, target = (turned, last) if turned else (how, maps)
+    gradients = launch.zeros(grad, target)
+    types = f"{launch.FEATURES[grad.dtype]}, {launch.COORDINATES[rois.dtype]}, {how.layout}"
+    expression = f"roi::roi_align_backward_atomic<{types}, {launch.flag(pooling.position_sensitive)}>"
+    arguments = (
+        launch.levels(gradients, pooling, rois.dtype),
+        grad.data_ptr(),
+        rois.data_ptr(),
+        *sampling_arguments(maps.batch, channels, pooling, capacity),
+        *launch.int32(how.turn),
+    )
+    launch.run("roi_align", expression, how.grid(len(rois), channels, pooling.bins), arguments, rois.device)
+    if how.turned:
+        return [to_contiguous(x, grad.dtype) for x in gradients]
     return [x.to(grad.dtype) for x in gradients]
+
+
+def gather(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
+    """A thread for each cell, in an order that is always the same."""
+    gradients = empty_gradients(grad, maps)
+    types = f"{launch.FEATURES[grad.dtype]}, {launch.COORDINATES[rois.dtype]}, {launch.flag(maps.channels_last)}"
+    expression = f"roi::roi_align_backward_gather<{types}, {launch.flag(pooling.position_sensitive)}>"
+    weight_bytes = launch.number_bytes(grad.dtype)
+    grid, slots = launch.per_cell(maps, pooling, CANDIDATE_BYTES[rois.dtype], weight_bytes)
+    arguments = (
+        launch.levels(gradients, pooling, rois.dtype),
+        grad.data_ptr(),
+        rois.data_ptr(),
+        *launch.int32(len(rois)),
+        *sampling_arguments(maps.batch, grad.shape[1], pooling, slots),
+    )
+    launch.run("roi_align", expression, grid, arguments, rois.device)
+    return gradients
 
 
 def sampling_arguments(batch: int, channels: int, pooling: Pooling, last: int) -> tuple[object, ...]:
@@ -102,16 +138,15 @@ def taps_memory(maps: Maps, pooling: Pooling, number_bytes: int) -> tuple[int, i
     return capacity, shared_bytes
 
 
-def channels_per_atomic(grad: Tensor, gradients: Sequence[Tensor], maps: Maps, pooling: Pooling) -> int:
+def channels_per_atomic(grad: Tensor, maps: Maps, pooling: Pooling) -> int:
     """Channels that a thread of the atomic backward takes: four with one addition, where the device has such."""
     if pooling.position_sensitive:
         return 1
     if not maps.channels_last:
         return launch.CHANNELS_PER_THREAD
-    whole = grad.shape[1] % VECTOR_ATOMICS == 0
-    vectors = gradients[0].dtype == torch.float32 and whole and has_vector_atomics(grad.device)
-    aligned = all(x.data_ptr() % launch.VECTOR_BYTES == 0 for x in (grad, *gradients))
-    return VECTOR_ATOMICS if vectors and aligned else 1
+    whole = grad.shape[1] % VECTOR_ATOMICS == 0 and grad.data_ptr() % launch.VECTOR_BYTES == 0
+    vectors = grad.dtype != torch.float64 and has_vector_atomics(grad.device)
+    return VECTOR_ATOMICS if vectors and whole else 1
 
 
 @lru_cache

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roi._outputs import argmax_dtype, empty_argmax, empty_pooled
+from roi._outputs import argmax_dtype, empty_argmax, empty_gradients, empty_pooled
 from roi._problem import Maps, Pooling
-from roi.cupy_path import launch
+from roi.cupy_path import access, launch
+from roi.cupy_path.transpose_launches import to_channels_last, to_contiguous
 
 CANDIDATE_BYTES = 24  # Candidate<Extent>
 
@@ -42,40 +43,71 @@ def pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling, output: Tensor,
     feature = launch.feature_type(maps[0].dtype)
     if output.numel() == 0:
         return
-    maps, rois = launch.of_one_format(maps), rois.contiguous()
-    per_thread = launch.lanes(maps) if shape.channels_last else launch.CHANNELS_PER_THREAD
+    rois = rois.contiguous()
     wanted = argmax.numel() > 0
+    ranges = launch.RANGE_BYTES * (pooling.pooled_height + pooling.pooled_width)
+    tile = [x.element_size() for x in ((output, argmax) if wanted else (output,))]
+    maps, how = access.of_maps(launch.of_one_format(maps), len(rois), output.numel(), pooling.bins, ranges, tile)
     types = f"{feature}, {launch.COORDINATES[rois.dtype]}, {launch.INDICES[argmax.dtype]}, {launch.flag(wanted)}"
-    expression = f"roi::roi_pool<{types}, {launch.layout(shape.channels_last, per_thread)}>"
+    expression = f"roi::roi_pool<{types}, {how.layout}>"
     pointers = (rois.data_ptr(), output.data_ptr(), argmax.data_ptr() if wanted else 0)
-    sizes = launch.int32(shape.batch, shape.channels, pooling.pooled_height, pooling.pooled_width)
+    sizes = launch.int32(shape.batch, shape.channels, pooling.pooled_height, pooling.pooled_width, how.turn)
     arguments = (launch.levels(maps, pooling, rois.dtype), *pointers, *sizes)
-    shared_bytes = launch.RANGE_BYTES * (pooling.pooled_height + pooling.pooled_width)
-    grid = launch.per_box(len(rois), launch.ceil_divide(shape.channels, per_thread) * pooling.bins, shared_bytes)
+    grid = how.grid(len(rois), shape.channels, pooling.bins)
     launch.run("roi_pool", expression, grid, arguments, rois.device)
 
 
 def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
     """The gradient of max pooling: each bin's gradient is added at the bin's argmax."""
     launch.check_limits(maps, pooling)
-    feature = launch.feature_type(grad.dtype)
+    launch.feature_type(grad.dtype)
     rois, grad, argmax = (rois.contiguous(), *(x.contiguous(memory_format=maps.layout) for x in (grad, argmax)))
-    gradients = launch.gradient_maps(grad, maps)
-    if grad.numel() == 0 or not any(x.numel() for x in gradients):
-        return [x.to(grad.dtype) for x in gradients]
+    if grad.numel() == 0 or maps.batch == 0 or not any(height * width for height, width in maps.sizes):
+        return [torch.zeros_like(x) for x in empty_gradients(grad, maps)]
+    through_last = not maps.channels_last and access.copy_pays(maps, grad.numel(), access.READS)
+    if not torch.are_deterministic_algorithms_enabled():
+        return scatter(grad, rois, argmax, pooling, maps, through_last)
+    if not through_last:
+        return gather(grad, rois, argmax, pooling, maps)
+    last = maps._replace(channels_last=True)
+    gradients = gather(to_channels_last(grad), rois, to_channels_last(argmax), pooling, last)
+    return [to_contiguous(x, x.dtype) for x in gradients]
 
-    index = launch.INDICES[argmax.dtype]
-    types = f"{feature}, {launch.COORDINATES[rois.dtype]}, {index}, {launch.flag(maps.channels_last)}"
-    levels = launch.levels(gradients, pooling, rois.dtype)
-    pointers = (grad.data_ptr(), rois.data_ptr(), argmax.data_ptr())
-    sizes = launch.int32(maps.batch, maps.channels, pooling.pooled_height, pooling.pooled_width)
-    if torch.are_deterministic_algorithms_enabled():
-        expression = f"roi::roi_pool_backward_gather<{types}>"
-        grid, slots = launch.per_cell(maps, pooling, CANDIDATE_BYTES, 0)
-        arguments = (levels, *pointers, *launch.int32(len(rois)), *sizes, *launch.int32(slots))
-    else:
-        expression = f"roi::roi_pool_backward_atomic<{types}>"
-        grid = launch.per_box(len(rois), maps.channels * pooling.bins, 0)
-        arguments = (levels, *pointers, *sizes)
-    launch.run("roi_pool", expression, grid, arguments, rois.device)
+
+def scatter(
+    grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pooling, maps: Maps, through_last: bool
+) -> list[Tensor]:
+    """By atomic additions, to gradients in channels_last memory first where `through_last`."""
+    how = access.as_they_lie(maps.channels_last, 1, maps.channels, len(rois), 0, grad.element_size())
+    target = maps
+    if through_last:
+        tile = (grad.element_size(), argmax.element_size())
+        turned = access.transposed(maps.channels, 1, len(rois), pooling.bins, 0, tile)
+        how, target = (turned, maps._replace(channels_last=True)) if turned else (how, maps)
+    gradients = launch.zeros(grad, target)
+    types = f"{launch.FEATURES[grad.dtype]}, {launch.COORDINATES[rois.dtype]}, {launch.INDICES[argmax.dtype]}"
+    arguments = (
+        launch.levels(gradients, pooling, rois.dtype),
+        *(x.data_ptr() for x in (grad, rois, argmax)),
+        *launch.int32(maps.batch, maps.channels, pooling.pooled_height, pooling.pooled_width, how.turn),
+    )
+    grid = how.grid(len(rois), maps.channels, pooling.bins)
+    launch.run("roi_pool", f"roi::roi_pool_backward_atomic<{types}, {how.layout}>", grid, arguments, rois.device)
+    if how.turned:
+        return [to_contiguous(x, grad.dtype) for x in gradients]
     return [x.to(grad.dtype) for x in gradients]
+
+
+def gather(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
+    """A thread for each cell, in an order that is always the same."""
+    gradients = empty_gradients(grad, maps)
+    types = f"{launch.FEATURES[grad.dtype]}, {launch.COORDINATES[rois.dtype]}, {launch.INDICES[argmax.dtype]}"
+    expression = f"roi::roi_pool_backward_gather<{types}, {launch.flag(maps.channels_last)}>"
+    grid, slots = launch.per_cell(maps, pooling, CANDIDATE_BYTES, 0)
+    arguments = (
+        launch.levels(gradients, pooling, rois.dtype),
+        *(x.data_ptr() for x in (grad, rois, argmax)),
+        *launch.int32(len(rois), maps.batch, maps.channels, pooling.pooled_height, pooling.pooled_width, slots),
+    )
+    launch.run("roi_pool", expression, grid, arguments, rois.device)
+    return gradients

@@ -37,9 +37,14 @@ def roi_pool_variants(
     names = []
     for feature, coordinate, index, flag in itertools.product(features, coordinates, indices, _FLAGS):
         types = f"{feature}, {coordinate}, {index}, {flag}"
-        layouts = (*_SEVERAL, f"roi::ChannelsLast<{_LANES[feature]}>")
+        lanes = _LANES[feature]
+        layouts = (*_SEVERAL, f"roi::ChannelsLast<{lanes}>", f"roi::Transposed<{lanes}>")
         names += [f"roi::roi_pool<{types}, {layout}>" for layout in layouts]
-        names += [f"roi::roi_pool_backward_{kind}<{types}>" for kind in ("atomic", "gather")]
+        names.append(f"roi::roi_pool_backward_gather<{types}>")
+    for feature, coordinate, index in itertools.product(features, coordinates, indices):
+        types = f"{feature}, {coordinate}, {index}"
+        layouts = (*_SINGLE, "roi::Transposed<1>")
+        names += [f"roi::roi_pool_backward_atomic<{types}, {layout}>" for layout in layouts]
     return names
 
 
@@ -48,8 +53,10 @@ def roi_align_variants(features: Sequence[str] = FEATURES, coordinates: Sequence
     names = []
     for feature, coordinate in itertools.product(features, coordinates):
         types = f"{feature}, {coordinate}"
-        forward = (*_SEVERAL, f"roi::ChannelsLast<{_LANES[feature]}>")
-        atomic = (*_SEVERAL, *([] if feature == "double" else ["roi::ChannelsLast<4>"]))
+        lanes = _LANES[feature]
+        forward = (*_SEVERAL, f"roi::ChannelsLast<{lanes}>", f"roi::Transposed<{lanes}>")
+        vectors = ("roi::ChannelsLast<4>", "roi::Transposed<4>") if feature != "double" else ()
+        atomic = (*_SEVERAL, "roi::Transposed<1>", *vectors)
         names += [f"roi::roi_align<{types}, {layout}, false>" for layout in forward]
         names += [f"roi::roi_align_backward_atomic<{types}, {layout}, false>" for layout in atomic]
         for kind, layout in itertools.product(("", "_backward_atomic"), _SINGLE):
@@ -68,6 +75,13 @@ def ps_roi_pool_variants(features: Sequence[str] = FEATURES, coordinates: Sequen
             names.append(f"roi::ps_roi_pool{kind}<{types}, {layout}>")
         names += [f"roi::ps_roi_pool_backward_gather<{types}, {flag}>" for flag in _FLAGS]
     return names
+
+
+def transpose_variants(features: Sequence[str] = FEATURES) -> list[str]:
+    """Name expressions of every instantiation of the kernel in transpose.cu."""
+    types = [(name, name) for name in (*features, "int", "long long")]
+    types += [("float", name) for name in features if name not in ("float", "double")]
+    return [f"roi::transpose<{source}, {target}>" for source, target in types]
 
 
 def levels_assertions() -> list[str]:
@@ -91,7 +105,8 @@ def levels_assertions() -> list[str]:
 
 def build(folder: Path, source: str, variants: Iterable[str]) -> Path:
     """A library for `Library`, in `folder`, of some instantiations (name expressions) of `kernels/{source}.cu`."""
-    lines = ['#include "registry.h"', f'#include "{KERNELS / source}.cu"', *(f"KERNEL({name})" for name in variants)]
+    included = ("registry.h", KERNELS / f"{source}.cu", KERNELS / "roi_levels.cuh")
+    lines = [*(f'#include "{path}"' for path in included), *(f"KERNEL({name})" for name in variants)]
     return _compile("\n".join((*lines, *levels_assertions(), "")), folder / f"{source}.so", ["-shared"])
 
 
@@ -120,6 +135,11 @@ class Library:
         for launch in self._launch.values():
             launch.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         self.launched: list[str] = []
+
+    @property
+    def operators(self) -> list[str]:
+        """What was launched, but for copies of tensors."""
+        return [name for name in self.launched if not name.startswith("roi::transpose<")]
 
     def run(self, source: str, expression: str, grid: LaunchGrid, arguments: tuple[Any, ...], device: object) -> None:
         # As CuPy does it: NumPy scalars and structures keep their size, a Python int is 64 bits.

@@ -89,6 +89,7 @@ inline unsigned atomicOr(unsigned* address, unsigned bits) {
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline double __longlong_as_double(long long bits) { return std::bit_cast<double>(bits); }
 

@@ -94,19 +94,37 @@ void expect(bool holds, const char* what) {
     std::exit(3);
 }
 
+// Where `scattered` is channels_last beside contiguous `gathered`, `channels` is their number; else 1.
 template <typename T>
-void expect_close(const Maps<T>& gathered, const Maps<roi::Compute<T>>& scattered, double tolerance) {
+void expect_close(const Maps<T>& gathered, const Maps<roi::Compute<T>>& scattered, double tolerance, int channels = 1) {
     for (int level = 0; level < gathered.count; ++level) {
+        const std::size_t cells = std::size_t(kHeight[level]) * kWidth[level];
         for (std::size_t i = 0; i < gathered.maps[level]->size; ++i) {
-            const double expected = scattered.maps[level]->data[i];
+            const std::size_t plane = i / cells, image = plane / channels, channel = plane % channels;
+            const std::size_t same = channels == 1 ? i : (image * cells + i % cells) * channels + channel;
+            const double expected = scattered.maps[level]->data[same];
             const double difference = std::fabs(roi::widen(gathered.maps[level]->data[i]) - expected);
             expect(difference <= tolerance * (1 + std::fabs(expected)), "the two gradients differ");
         }
     }
 }
 
+// Of the pooled tensors, and so of the gather; the maps of Transposed are channels_last.
 template <typename Layout>
-constexpr bool is_channels_last = !std::is_same_v<Layout, roi::Contiguous<Layout::kChannels>>;
+constexpr bool is_channels_last = std::is_same_v<Layout, roi::ChannelsLast<Layout::kChannels>>;
+template <typename Layout> constexpr bool is_transposed = std::is_same_v<Layout, roi::Transposed<Layout::kChannels>>;
+
+// Where a block takes turns of channels: several turns.
+template <typename Layout>
+constexpr int kTurn = is_transposed<Layout> || is_channels_last<Layout> ? Layout::kChannels : 0;
+
+// As access.py has it: tiles of elements of so many bytes behind what the kernel uses.
+template <typename Layout> std::size_t with_tiles(std::size_t used, std::initializer_list<std::size_t> elements) {
+    for (const std::size_t bytes : elements) {
+        if (is_transposed<Layout>) used = (used + 15) / 16 * 16 + kTurn<Layout> * kBins * bytes;
+    }
+    return used;
+}
 
 // As launch.per_cell() has it: threads, patches of all levels, and shared memory for two boxes at a time.
 constexpr int kSlots = 2;
@@ -145,9 +163,10 @@ template <typename T, typename Coord, typename Index, typename Layout> void run_
     }
     Buffer<T> output(fault == "short-output" ? outputs - 1 : outputs);
     Buffer<Index> argmax(outputs, Index(-7));
-    cuda_on_cpu::launch({count, 2}, {kThreads}, sizeof(roi::Range) * (kPooledHeight + kPooledWidth), [&] {
+    const std::size_t ranges = sizeof(roi::Range) * (kPooledHeight + kPooledWidth);
+    cuda_on_cpu::launch({count, 2}, {kThreads}, with_tiles<Layout>(ranges, {sizeof(T), sizeof(Index)}), [&] {
         roi::roi_pool<T, Coord, Index, true, Layout>(levels, rois.data(), output.data, argmax.data, kImages, channels,
-                                                     kPooledHeight, kPooledWidth);
+                                                     kPooledHeight, kPooledWidth, kTurn<Layout>);
     });
     for (std::size_t i = 0; i < outputs; ++i) {
         expect(argmax.data[i] >= -1 && argmax.data[i] < kHeight[0] * kWidth[0], "a position is outside the map");
@@ -156,10 +175,12 @@ template <typename T, typename Coord, typename Index, typename Layout> void run_
     constexpr bool kChannelsLast = is_channels_last<Layout>;
     Buffer<T> grad(outputs, roi::narrow<T>(1.0f));
     Maps<roi::Compute<T>> scattered(channels, kLevels);
-    cuda_on_cpu::launch({count, 2}, {kThreads}, 0, [&] {
-        roi::roi_pool_backward_atomic<T, Coord, Index, kChannelsLast>(
+    using Single = std::conditional_t<is_transposed<Layout>, roi::Transposed<1>,
+                                      std::conditional_t<kChannelsLast, roi::ChannelsLast<1>, roi::Contiguous<1>>>;
+    cuda_on_cpu::launch({count, 2}, {kThreads}, with_tiles<Single>(0, {sizeof(T), sizeof(Index)}), [&] {
+        roi::roi_pool_backward_atomic<T, Coord, Index, Single>(
             scattered.template levels<roi::Compute<T>, Coord>(), grad.data, rois.data(), argmax.data, kImages, channels,
-            kPooledHeight, kPooledWidth);
+            kPooledHeight, kPooledWidth, kTurn<Single>);
     });
     Maps<T> gathered(channels, kLevels, roi::narrow<T>(99.0f));
     const Gather launch(kChannelsLast, kLevels, sizeof(roi::Candidate<roi::Extent>), 0);
@@ -168,7 +189,7 @@ template <typename T, typename Coord, typename Index, typename Layout> void run_
             gathered.template levels<T, Coord>(), grad.data, rois.data(), argmax.data, static_cast<int>(count), kImages,
             channels, kPooledHeight, kPooledWidth, kSlots);
     });
-    expect_close(gathered, scattered, 0);
+    expect_close(gathered, scattered, 0, is_transposed<Layout> ? channels : 1);
 }
 
 template <typename T, typename Coord, typename Layout, bool PositionSensitive>
@@ -181,8 +202,9 @@ void run_align(int channels, int sampling_ratio, int aligned) {
     const std::size_t outputs = std::size_t(count) * channels * kBins;
     const int input_channels = PositionSensitive ? channels * kBins : channels;
     const auto shared_bytes = [](int capacity) {
-        return sizeof(roi::TapsHeader<Number>) + sizeof(roi::Range) * (kPooledHeight + kPooledWidth) +
-               sizeof(roi::Tap<Number>) * capacity;
+        return with_tiles<Layout>(sizeof(roi::TapsHeader<Number>) + sizeof(roi::Range) * (kPooledHeight + kPooledWidth) +
+                                      sizeof(roi::Tap<Number>) * capacity,
+                                  {sizeof(T)});
     };
 
     Maps<T> input(input_channels, kMaps, roi::narrow<T>(1.0f));
@@ -193,7 +215,7 @@ void run_align(int channels, int sampling_ratio, int aligned) {
         cuda_on_cpu::launch({count, 2}, {kThreads}, shared_bytes(taps), [&] {
             roi::roi_align<T, Coord, Layout, PositionSensitive>(input.template levels<const T, Coord>(), rois.data(),
                                                                 output.data, kImages, channels, kPooledHeight,
-                                                                kPooledWidth, sampling_ratio, aligned, taps);
+                                                                kPooledWidth, sampling_ratio, aligned, taps, kTurn<Layout>);
         });
         for (std::size_t i = 0; i < outputs; ++i) {
             expect(!(std::fabs(static_cast<double>(roi::widen(output.data[i]))) > 1.01), "a mean is beyond its terms");
@@ -205,7 +227,7 @@ void run_align(int channels, int sampling_ratio, int aligned) {
     cuda_on_cpu::launch({count, 2}, {kThreads}, shared_bytes(capacity), [&] {
         roi::roi_align_backward_atomic<T, Coord, Layout, PositionSensitive>(
             scattered.template levels<Number, Coord>(), grad.data, rois.data(), kImages, channels, kPooledHeight,
-            kPooledWidth, sampling_ratio, aligned, capacity);
+            kPooledWidth, sampling_ratio, aligned, capacity, kTurn<Layout>);
     });
     Maps<T> gathered(input_channels, kMaps, roi::narrow<T>(99.0f));
     const Gather launch(kChannelsLast, kMaps, sizeof(roi::Candidate<roi::Sampling<Coord>>), sizeof(Number));
@@ -214,7 +236,7 @@ void run_align(int channels, int sampling_ratio, int aligned) {
             gathered.template levels<T, Coord>(), grad.data, rois.data(), static_cast<int>(count), kImages, channels,
             kPooledHeight, kPooledWidth, sampling_ratio, aligned, kSlots);
     });
-    expect_close(gathered, scattered, sizeof(T) == 2 ? 1e-2 : 1e-5);
+    expect_close(gathered, scattered, sizeof(T) == 2 ? 1e-2 : 1e-5, is_transposed<Layout> ? channels : 1);
 }
 
 template <typename T, typename Coord, typename Layout> void run_ps_pool(int channels) {
@@ -262,7 +284,9 @@ int main(int argc, char** argv) {
     run_pool<double, double, int, roi::ChannelsLast<2>>(4);
     run_pool<__half, float, int, roi::ChannelsLast<8>>(8);
     run_pool<__nv_bfloat16, float, int, roi::Contiguous<4>>(2);
+    run_pool<float, float, int, roi::Transposed<4>>(8);
     run_align<float, float, roi::ChannelsLast<4>, false>(8, 2, 1);
+    run_align<__nv_bfloat16, float, roi::Transposed<8>, false>(16, 2, 0);
     run_align<__half, double, roi::ChannelsLast<1>, false>(3, 0, 1);
     run_align<double, float, roi::Contiguous<1>, true>(2, 3, 1);
     run_align<float, float, roi::ChannelsLast<1>, true>(1, 0, 1);
