@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -173,6 +174,15 @@ class Maxima(Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         maps = with_zeros(tangents[3:], ctx.pair.family.shaped(ctx.shape).shapes)
         return (None if maps is None else ctx.pair(maps, *ctx.saved_tensors, *ctx.options)), None
+
+
+def keep_signature(function: Any) -> None:
+    """PyTorch asks for it in every call, and inspect.signature() would make it anew."""
+    function.__signature__ = inspect.signature(function)
+
+
+for _class in (Linear, Adjoint, Maxima):
+    keep_signature(_class.forward)
 
 
 def save(ctx: Any, tensors: Sequence[Tensor]) -> None:

@@ -30,7 +30,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
     "copied": contiguous ones that the launches copy to channels_last, whatever their size; else they never do.
     """
-    monkeypatch.setattr(access, "copy_pays", lambda maps, pooled, accesses: request.param == "copied")
+    monkeypatch.setattr(access, "copy_pays", lambda work, maps, accesses: request.param == "copied")
     return torch.channels_last if request.param == "channels_last" else torch.contiguous_format
 
 

@@ -17,10 +17,16 @@ ROWS = """
 import pathlib, sys
 pathlib.Path(sys.argv[-1]).write_text('{"environment": {}, "rows": [{"mode": "forward", "ratio": 2.5}, {"rest": 1}]}')
 """
+# With a process that it starts.
+HANGS = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
+time.sleep(60)
+"""
 PARTS = {
     "good": Part([sys.executable, "-c", ROWS], 20, writes=True),
     "broken": Part([sys.executable, "-c", "print('no such kernel'); raise SystemExit(3)"], 20),
-    "hangs": Part([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 6),
+    "hangs": Part([sys.executable, "-c", HANGS], 6),
     "absent": Part(["no-such-sanitizer", "--tool"], 20),
 }
 
@@ -50,7 +56,8 @@ def test_every_part_is_run_and_reported(report: Path, monkeypatch: pytest.Monkey
         "hangs": "stopped after 6 s",
         "absent": "not run",
     }
-    assert found["hangs"]["printed"] == "begun\n"
+    left = int(str(found["hangs"]["printed"]))
+    assert not Path(f"/proc/{left}").exists() or "zombie" in Path(f"/proc/{left}/status").read_text()
     text = (report / "some-gpu-80gb-report.md").read_text()
     for expected in ("# Some GPU, 80GB", "| forward |", "2.50", "no such kernel", "no-such-sanitizer is not installed"):
         assert expected in text

@@ -25,11 +25,11 @@ def average_pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tens
         return output
 
     how = access.Access(launch.layout(shape.channels_last, 1), 1, 0, ranges_bytes(pooling))
+    work = access.Work(len(rois), output.shape[1], pooling.bins, how.shared_bytes, most=output.shape[1])
     expression = f"roi::ps_roi_pool<{feature}, {launch.COORDINATES[rois.dtype]}, {how.layout}>"
     sizes = launch.int32(shape.batch, *output.shape[1:])
     arguments = (launch.levels(maps, pooling, rois.dtype), rois.data_ptr(), output.data_ptr(), *sizes)
-    grid = how.grid(len(rois), output.shape[1], pooling.bins)
-    launch.run("ps_roi_pool", expression, grid, arguments, rois.device)
+    launch.run("ps_roi_pool", expression, how.grid(work), arguments, rois.device)
     return output
 
 
@@ -53,7 +53,8 @@ def average_pool_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Map
     else:
         how = access.Access(launch.layout(maps.channels_last, 1), 1, 0, ranges_bytes(pooling))
         expression = f"roi::ps_roi_pool_backward_atomic<{types}, {how.layout}>"
-        grid = how.grid(len(rois), grad.shape[1], pooling.bins)
+        work = access.Work(len(rois), grad.shape[1], pooling.bins, how.shared_bytes, most=grad.shape[1])
+        grid = how.grid(work)
         arguments = (levels, *pointers, *sizes)
     launch.run("ps_roi_pool", expression, grid, arguments, rois.device)
     return [x.to(grad.dtype) for x in gradients]

@@ -30,15 +30,15 @@ def align(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     if output.numel() == 0:
         return output
 
+    channels = output.shape[1]
     capacity, taps_bytes = taps_memory(shape, pooling, launch.number_bytes(output.dtype))
+    work = access.Work(len(rois), channels, pooling.bins, taps_bytes, most=channels)
     if pooling.position_sensitive:
-        how = access.as_they_lie(shape.channels_last, 1, output.shape[1], len(rois), taps_bytes, output.element_size())
+        how = access.as_they_lie(work, shape.channels_last, 1)
     else:
-        tile = (output.element_size(),)
-        maps, how = access.of_maps(maps, len(rois), output.numel(), pooling.bins, taps_bytes, tile)
+        maps, how = access.of_maps(work, maps, (output.element_size(),))
     types = f"{feature}, {launch.COORDINATES[rois.dtype]}, {how.layout}"
     expression = f"roi::roi_align<{types}, {launch.flag(pooling.position_sensitive)}>"
-    channels = output.shape[1]
     arguments = (
         launch.levels(maps, pooling, rois.dtype),
         rois.data_ptr(),
@@ -46,7 +46,7 @@ def align(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
         *sampling_arguments(shape.batch, channels, pooling, capacity),
         *launch.int32(how.turn),
     )
-    launch.run("roi_align", expression, how.grid(len(rois), channels, pooling.bins), arguments, rois.device)
+    launch.run("roi_align", expression, how.grid(work), arguments, rois.device)
     return output
 
 
@@ -58,26 +58,19 @@ def align_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> l
     rois, grad = rois.contiguous(), grad.contiguous(memory_format=maps.layout)
     if grad.numel() == 0 or maps.batch == 0:
         return [torch.zeros_like(x) for x in empty_gradients(grad, maps)]
-    may_turn = not (maps.channels_last or pooling.position_sensitive)
-    through_last = may_turn and access.copy_pays(maps, grad.numel(), access.ADDITIONS)
-    if not torch.are_deterministic_algorithms_enabled():
-        return scatter(grad, rois, pooling, maps, through_last)
-    if not through_last:
-        return gather(grad, rois, pooling, maps)
-    gradients = gather(to_channels_last(grad), rois, pooling, maps._replace(channels_last=True))
-    return [to_contiguous(x, x.dtype) for x in gradients]
-
-
-def scatter(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps, through_last: bool) -> list[Tensor]:
-    """By atomic additions, to gradients in channels_last memory first where `through_last`."""
     channels = grad.shape[1]
     capacity, taps_bytes = taps_memory(maps, pooling, launch.number_bytes(grad.dtype))
-    per_thread, target = channels_per_atomic(grad, maps, pooling), maps
-    how = access.as_they_lie(maps.channels_last, per_thread, channels, len(rois), taps_bytes, grad.element_size())
+    work = access.Work(len(rois), channels, pooling.bins, taps_bytes, most=channels)
+    may_turn = not (maps.channels_last or pooling.position_sensitive)
+    through_last, last = may_turn and access.copy_pays(work, maps, access.ADDITIONS), maps._replace(channels_last=True)
+    if torch.are_deterministic_algorithms_enabled():
+        if not through_last:
+            return gather(grad, rois, pooling, maps)
+        return [to_contiguous(x, x.dtype) for x in gather(to_channels_last(grad), rois, pooling, last)]
+
+    how, target = access.as_they_lie(work, maps.channels_last, channels_per_atomic(grad, maps, pooling)), maps
     if through_last:
-        last = maps._replace(channels_last=True)
-        per_thread = channels_per_atomic(grad, last, pooling)
-        turned = access.transposed(channels, per_thread, len(rois), pooling.bins, taps_bytes, (grad.element_size(),))
+        turned = access.transposed(work, channels_per_atomic(grad, last, pooling), (grad.element_size(),))
         how, target = (turned, last) if turned else (how, maps)
     gradients = launch.zeros(grad, target)
     types = f"{launch.FEATURES[grad.dtype]}, {launch.COORDINATES[rois.dtype]}, {how.layout}"
@@ -89,7 +82,7 @@ def scatter(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps, through_la
         *sampling_arguments(maps.batch, channels, pooling, capacity),
         *launch.int32(how.turn),
     )
-    launch.run("roi_align", expression, how.grid(len(rois), channels, pooling.bins), arguments, rois.device)
+    launch.run("roi_align", expression, how.grid(work), arguments, rois.device)
     if how.turned:
         return [to_contiguous(x, grad.dtype) for x in gradients]
     return [x.to(grad.dtype) for x in gradients]

@@ -46,15 +46,16 @@ def pool(maps: Sequence[Tensor], rois: Tensor, pooling: Pooling, output: Tensor,
     rois = rois.contiguous()
     wanted = argmax.numel() > 0
     ranges = launch.RANGE_BYTES * (pooling.pooled_height + pooling.pooled_width)
+    most = access.LINES_BYTES // output.element_size()
+    work = access.Work(len(rois), shape.channels, pooling.bins, ranges, most)
     tile = [x.element_size() for x in ((output, argmax) if wanted else (output,))]
-    maps, how = access.of_maps(launch.of_one_format(maps), len(rois), output.numel(), pooling.bins, ranges, tile)
+    maps, how = access.of_maps(work, launch.of_one_format(maps), tile)
     types = f"{feature}, {launch.COORDINATES[rois.dtype]}, {launch.INDICES[argmax.dtype]}, {launch.flag(wanted)}"
     expression = f"roi::roi_pool<{types}, {how.layout}>"
     pointers = (rois.data_ptr(), output.data_ptr(), argmax.data_ptr() if wanted else 0)
     sizes = launch.int32(shape.batch, shape.channels, pooling.pooled_height, pooling.pooled_width, how.turn)
     arguments = (launch.levels(maps, pooling, rois.dtype), *pointers, *sizes)
-    grid = how.grid(len(rois), shape.channels, pooling.bins)
-    launch.run("roi_pool", expression, grid, arguments, rois.device)
+    launch.run("roi_pool", expression, how.grid(work), arguments, rois.device)
 
 
 def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pooling, maps: Maps) -> list[Tensor]:
@@ -64,26 +65,20 @@ def max_gather_adjoint(grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pool
     rois, grad, argmax = (rois.contiguous(), *(x.contiguous(memory_format=maps.layout) for x in (grad, argmax)))
     if grad.numel() == 0 or maps.batch == 0 or not any(height * width for height, width in maps.sizes):
         return [torch.zeros_like(x) for x in empty_gradients(grad, maps)]
-    through_last = not maps.channels_last and access.copy_pays(maps, grad.numel(), access.READS)
-    if not torch.are_deterministic_algorithms_enabled():
-        return scatter(grad, rois, argmax, pooling, maps, through_last)
-    if not through_last:
-        return gather(grad, rois, argmax, pooling, maps)
+    most = access.LINES_BYTES // grad.element_size()
+    work = access.Work(len(rois), maps.channels, pooling.bins, 0, most)
     last = maps._replace(channels_last=True)
-    gradients = gather(to_channels_last(grad), rois, to_channels_last(argmax), pooling, last)
-    return [to_contiguous(x, x.dtype) for x in gradients]
+    through_last = not maps.channels_last and access.copy_pays(work, maps, access.READS)
+    if torch.are_deterministic_algorithms_enabled():
+        if not through_last:
+            return gather(grad, rois, argmax, pooling, maps)
+        gradients = gather(to_channels_last(grad), rois, to_channels_last(argmax), pooling, last)
+        return [to_contiguous(x, x.dtype) for x in gradients]
 
-
-def scatter(
-    grad: Tensor, rois: Tensor, argmax: Tensor, pooling: Pooling, maps: Maps, through_last: bool
-) -> list[Tensor]:
-    """By atomic additions, to gradients in channels_last memory first where `through_last`."""
-    how = access.as_they_lie(maps.channels_last, 1, maps.channels, len(rois), 0, grad.element_size())
-    target = maps
+    how, target = access.as_they_lie(work, maps.channels_last, 1), maps
     if through_last:
-        tile = (grad.element_size(), argmax.element_size())
-        turned = access.transposed(maps.channels, 1, len(rois), pooling.bins, 0, tile)
-        how, target = (turned, maps._replace(channels_last=True)) if turned else (how, maps)
+        turned = access.transposed(work, 1, (grad.element_size(), argmax.element_size()))
+        how, target = (turned, last) if turned else (how, maps)
     gradients = launch.zeros(grad, target)
     types = f"{launch.FEATURES[grad.dtype]}, {launch.COORDINATES[rois.dtype]}, {launch.INDICES[argmax.dtype]}"
     arguments = (
@@ -91,8 +86,8 @@ def scatter(
         *(x.data_ptr() for x in (grad, rois, argmax)),
         *launch.int32(maps.batch, maps.channels, pooling.pooled_height, pooling.pooled_width, how.turn),
     )
-    grid = how.grid(len(rois), maps.channels, pooling.bins)
-    launch.run("roi_pool", f"roi::roi_pool_backward_atomic<{types}, {how.layout}>", grid, arguments, rois.device)
+    expression = f"roi::roi_pool_backward_atomic<{types}, {how.layout}>"
+    launch.run("roi_pool", expression, how.grid(work), arguments, rois.device)
     if how.turned:
         return [to_contiguous(x, grad.dtype) for x in gradients]
     return [x.to(grad.dtype) for x in gradients]
