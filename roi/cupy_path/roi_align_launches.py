@@ -59,8 +59,7 @@ def align_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> l
     if grad.numel() == 0 or maps.batch == 0:
         return [torch.zeros_like(x) for x in empty_gradients(grad, maps)]
     channels = grad.shape[1]
-    capacity, taps_bytes = taps_memory(maps, pooling, launch.number_bytes(grad.dtype))
-    work = access.Work(len(rois), channels, pooling.bins, taps_bytes, most=channels)
+    work = access.Work(len(rois), channels, pooling.bins, 0, most=channels)
     may_turn = not (maps.channels_last or pooling.position_sensitive)
     through_last, last = may_turn and access.copy_pays(work, maps, access.ADDITIONS), maps._replace(channels_last=True)
     if torch.are_deterministic_algorithms_enabled():
@@ -68,6 +67,8 @@ def align_adjoint(grad: Tensor, rois: Tensor, pooling: Pooling, maps: Maps) -> l
             return gather(grad, rois, pooling, maps)
         return [to_contiguous(x, x.dtype) for x in gather(to_channels_last(grad), rois, pooling, last)]
 
+    capacity, taps_bytes = taps_memory(maps, pooling, launch.number_bytes(grad.dtype))
+    work = work._replace(used_bytes=taps_bytes)
     how, target = access.as_they_lie(work, maps.channels_last, channels_per_atomic(grad, maps, pooling)), maps
     if through_last:
         turned = access.transposed(work, channels_per_atomic(grad, last, pooling), (grad.element_size(),))
