@@ -20,7 +20,7 @@ from torch import Tensor
 from roi.torch_path.bins import Bins
 from roi.torch_path.levels import Rows, put, taken
 from roi.torch_path.memory import scratch
-from roi.torch_path.tables import whole_table
+from roi.torch_path.tables import lies_in_rows, whole_table
 
 READS_AT_ONCE = 2**21  # entries of a matrix
 VALUES_AT_ONCE = 2**21  # of a part of the output
@@ -40,12 +40,22 @@ OFFSET = 0x7F800001 + 2**22  # minus infinity, the lowest, comes to 2^22: above 
 LOWER_HALF = 0 if sys.byteorder == "little" else 1
 
 
+# A cell of a crop is read, written and read again with the places, where the sizes of bins are rounded up by a half in
+# both directions on average: eight accesses. The whole map is read for its sign of zero, and where it does not lie as a
+# table it is read and written once more.
+CROP_ACCESSES = 8
+TABLE_ACCESSES, COPY_ACCESSES = 1, 3
+
+
 def serves(map_: Tensor, bins: Bins) -> bool:
-    """Whether `maxima` is right for the map, and reads less memory than crops of each RoI.
+    """Whether `maxima` is right for the map, and accesses less memory than crops of each RoI.
 
     The product does not tell -0 from 0. As an integer, -0 is the least of all.
     """
-    if map_.device.type != "cpu" or cells_read(bins) < cells_of(map_):
+    if map_.device.type != "cpu":
+        return False
+    accesses = TABLE_ACCESSES if lies_in_rows(map_, 1) else COPY_ACCESSES
+    if CROP_ACCESSES * cells_read(bins) < accesses * cells_of(map_):
         return False
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[map_.element_size()]
     return int(map_.view(integers).amin()) != torch.iinfo(integers).min
