@@ -23,6 +23,7 @@ def build_fpn(
     variant: str,
     weights: str | Path | Mapping[str, Any] | None = None,
     *,
+    weights_key: str | None = None,
     trainable_layers: int = 5,
     norm_layer: NormLayer | type[nn.GroupNorm] = nn.BatchNorm2d,
     neck_norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
@@ -39,6 +40,7 @@ def build_fpn(
             ("IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT"); the path of a checkpoint, or its state dict. A classifier's
             checkpoint fills the trunk. One of a whole FPN or of a detector must fit the model; `fpn.from_checkpoint`
             builds the model that fits.
+        weights_key: which of several models in a checkpoint, as `fpn.weights.read_checkpoint` takes it: "model_ema".
         trainable_layers: 0 to 5: how many of layer4, layer3, layer2, layer1 and the stem are trained, from the top.
             The parameters and batch norm of the others are frozen, as torchvision's `trainable_backbone_layers`
             says. Default 5.
@@ -66,7 +68,7 @@ def build_fpn(
         norm_layer=neck_norm_layer,
     )
     if weights is not None:
-        model.report = load_weights(model, weights, variant)
+        model.report = load_weights(model, weights, variant, weights_key)
     model.freezing = freeze(model.bottom_up, trainable_layers)
     return model
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fpn._freezing import freeze
 from fpn._report import Report
+from fpn.checkpoints.content import find_state_dict
 from fpn.checkpoints.description import describe_trunk
-from fpn.checkpoints.files import CheckpointError, read_checkpoint, state_dict_in
+from fpn.checkpoints.errors import CheckpointError
+from fpn.checkpoints.files import read_checkpoint, read_file
 from fpn.checkpoints.imagenet import imagenet_checkpoint
 from fpn.checkpoints.namings import Names
 from fpn.checkpoints.recognition import match_all, statistics_folded_in, the_one_naming
@@ -26,7 +28,9 @@ __all__ = ["CheckpointError", "Report", "freeze", "load_weights", "read_checkpoi
 logger = logging.getLogger(__name__)
 
 
-def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor], variant: str) -> Report:
+def load_weights(
+    model: nn.Module, weights: str | Path | Mapping[str, Tensor], variant: str, key: str | None = None
+) -> Report:
     """Loads weights into an FPN; a classifier's weights go into its `bottom_up`.
 
     The source is recognised as `fpn.from_checkpoint` recognises it, with the same names for the same entries. The model
@@ -37,6 +41,7 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor], v
         weights: a name of torchvision's ImageNet weights ("IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT"), the path of a
             checkpoint file, or what such a file holds.
         variant: the trunk's name in `fpn.resnet.VARIANTS`.
+        key: which of several models in a file, as `read_checkpoint` takes it.
 
     Returns:
         The report. Entries that belong neither to the model nor to a known head are warned about.
@@ -48,10 +53,11 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor], v
             another shape; the model is as it was.
     """
     if isinstance(weights, Mapping):
-        source, state = "the state dict", state_dict_in(weights)
+        source, content = "the state dict", find_state_dict(weights, key)
     else:
         path = imagenet_checkpoint(variant, str(weights)) if is_name(weights) else Path(weights)
-        source, state = str(path), read_checkpoint(path)
+        source, content = str(path), read_file(path, key)
+    state = content.state
     names = the_one_naming(state)
     if names.naming.affine:
         state |= statistics_folded_in(state, names)
@@ -66,7 +72,8 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor], v
         raise CheckpointError(f"{source}: {error}. fpn.from_checkpoint builds the model that it describes") from error
     load_matched(model, state, report)
     order = names.naming.channel_order
-    report = replace(report, notes=(f"from {names.naming.source}", *((f"images in {order.upper()}",) if order else ())))
+    images = (f"images in {order.upper()}",) if order else ()
+    report = replace(report, notes=(f"from {names.naming.source}", *images, *content.notes))
     if unlike := differences(model, state, names):
         warn(f"{source} is from {names.naming.source}, whose models usually have {', '.join(unlike)}")
     logger.info("%s: %s", source, report)

@@ -13,8 +13,10 @@ from torch import nn
 
 from fpn._freezing import freeze_norms
 from fpn._report import Report
+from fpn.checkpoints.content import find_state_dict
 from fpn.checkpoints.description import Extra, describe_pyramid, describe_trunk
-from fpn.checkpoints.files import CheckpointError, read_checkpoint, state_dict_in
+from fpn.checkpoints.errors import CheckpointError
+from fpn.checkpoints.files import read_file
 from fpn.checkpoints.matching import COUNTER
 from fpn.checkpoints.recognition import match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.transfer import load_matched
@@ -42,6 +44,7 @@ def from_checkpoint(
     upsample: Literal["bilinear", "nearest"] | None = None,
     extra: Extra | Literal["auto"] = "auto",
     norm_eps: float | None = None,
+    key: str | None = None,
 ) -> FPN:
     """The FPN that a checkpoint describes, built and loaded strictly, in train mode as any new module.
 
@@ -57,7 +60,7 @@ def from_checkpoint(
 
     Args:
         checkpoint: the path of a `.pth`, `.pkl` or `.safetensors` file (`fpn.weights.read_checkpoint`), or what such a
-            file holds: a mapping of names to tensors or arrays, or one that has it under "state_dict" or "model".
+            file holds: a mapping of names to tensors or arrays, or one that has it under "state_dict" or the like.
         stride_in_1x1: whether bottlenecks have their stride in the 1×1 convolution. Default: True for detectron2's with
             frozen batch norm and no groups (the MSRA models), else False; mmdetection's `style="caffe"` needs True.
         channel_order: in which order you will give the images' channels. Default: as the source takes them, and the
@@ -67,6 +70,8 @@ def from_checkpoint(
             classifier "nearest" where the coarsest level is smoothed, else "bilinear".
         extra: as `FPN`. "auto": P6 and P7 where the checkpoint has them, without a ReLU between them for mmdetection's;
             else "maxpool" for torchvision's, detectron2's and mmdetection's, and None for the others.
+        key: which of several models in the file: the keys that lead to its state dict, such as "model_ema"; see
+            `fpn.weights.read_checkpoint`.
         norm_eps: added to the variance in every norm. Default 1e-5, and 0.0 for torchvision's COCO_V1 files by name.
 
     Returns:
@@ -81,7 +86,8 @@ def from_checkpoint(
     if channel_order not in (None, "rgb", "bgr"):
         raise ValueError(f"channel_order must be 'rgb', 'bgr' or None; got {channel_order!r}")
     file = Path(checkpoint) if isinstance(checkpoint, str | Path) else None
-    state = state_dict_in(checkpoint) if file is None else read_checkpoint(file)
+    content = find_state_dict(checkpoint, key) if file is None else read_file(file, key)
+    state = content.state
     names = the_one_naming(state)
     if names.naming.affine:
         state |= statistics_folded_in(state, names)
@@ -111,6 +117,7 @@ def from_checkpoint(
             f"from {names.naming.source}" + (f", under {names.prefix!r}" if names.prefix else ""),
             f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} "
             f"wide, {trunk['norm_layer'].func.__name__}",
+            *content.notes,
             *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
             *((f"batch norm without a counter is frozen, as the checkpoint's: {frozen}",) if frozen else ()),
             f"assumed: stride_in_1x1={trunk['stride_in_1x1']}, upsample={model.upsample!r}, "

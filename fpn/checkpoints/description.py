@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fpn.checkpoints.files import CheckpointError
+from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.matching import COUNTER
 from fpn.checkpoints.namings import Naming
 from fpn.checkpoints.recognition import Entries

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fpn.checkpoints.files import CheckpointError
+from fpn.checkpoints.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

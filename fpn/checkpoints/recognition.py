@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpn._report import Report
-from fpn.checkpoints.files import CheckpointError
+from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.matching import match_by_name
 from fpn.checkpoints.namings import Names, recognise
 

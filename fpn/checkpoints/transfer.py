@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn._report import Report
-from fpn.checkpoints.files import CheckpointError
+from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.matching import COUNTER, match_by_name, match_by_order
 
 NUMBERS = (

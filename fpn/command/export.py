@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     path: Path = options.file
     if not path.name:
         raise CommandError(f"FILE must name a file; got {str(path)!r}")
-    model, weights = load_model(options.model, options.weights, options.stride_in_1x1)
+    model, weights = load_model(options.model, options.weights, options.stride_in_1x1, options.weights_key)
     print(f"model  {name_of(options)}; {weights}", flush=True)
     print_report(model)
     with output_files(path.parent, [path.name]) as (unfinished,):

@@ -29,6 +29,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="DEFAULT, IMAGENET1K_V1 or IMAGENET1K_V2, or the path of a checkpoint (default: random weights)",
     )
     parser.add_argument(
+        "--weights-key",
+        metavar="KEY",
+        help="which of several models in a checkpoint, e.g. model_ema (default: the trained one)",
+    )
+    parser.add_argument(
         "--stride-in-1x1",
         action=argparse.BooleanOptionalAction,
         help="whether a checkpoint's bottlenecks have their stride in the 1×1 convolution; no name in it says so "
@@ -36,12 +41,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(name: str, weights: str | None, stride_in_1x1: bool | None = None) -> tuple[fpn.FPN, str]:
+def load_model(
+    name: str, weights: str | None, stride_in_1x1: bool | None = None, key: str | None = None
+) -> tuple[fpn.FPN, str]:
     """The model in eval mode, on the CPU, and a phrase that says which weights it has."""
     if weights == "":
         raise CommandError("--weights: the path is empty")
     try:
-        model = build_seeded(name, weights, stride_in_1x1)
+        model = build_seeded(name, weights, stride_in_1x1, key)
     except (ValueError, OSError, ImportError) as error:
         raise CommandError(f"--weights: {error}") from error
     if model.report is None:
@@ -51,10 +58,12 @@ def load_model(name: str, weights: str | None, stride_in_1x1: bool | None = None
     return model, f"weights {weights}"
 
 
-def build_seeded(name: str, weights: str | None, stride_in_1x1: bool | None) -> fpn.FPN:
+def build_seeded(name: str, weights: str | None, stride_in_1x1: bool | None, key: str | None) -> fpn.FPN:
     torch.manual_seed(SEED)
     if is_checkpoint(weights):
-        return fpn.from_checkpoint(weights, stride_in_1x1=stride_in_1x1, channel_order="rgb").eval()
+        return fpn.from_checkpoint(weights, stride_in_1x1=stride_in_1x1, channel_order="rgb", key=key).eval()
+    if key is not None:
+        raise CommandError("--weights-key is for a checkpoint; give its path with --weights")
     if stride_in_1x1 is not None:
         raise CommandError("--stride-in-1x1 is for a checkpoint; give its path with --weights")
     model: fpn.FPN = getattr(fpn, name)(weights=weights)

@@ -145,7 +145,7 @@ def prepare(options: argparse.Namespace) -> Job:
     check_boxes(boxes, photo.size)
     device = check_device(options.device)
     print(f"photo  {photo.name}, {by(photo.size)} pixels, resized to {by(photo.image.size)}", flush=True)
-    model, weights = load_model(options.model, options.weights, options.stride_in_1x1)
+    model, weights = load_model(options.model, options.weights, options.stride_in_1x1, options.weights_key)
     calibrate = options.weights is None
     if calibrate:
         weights += ", batch norm statistics of this photo"

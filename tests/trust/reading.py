@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import fpn
-from fpn.checkpoints.files import CheckpointError, read_checkpoint
+from fpn.checkpoints.errors import CheckpointError
+from fpn.checkpoints.files import read_checkpoint
 from fpn.demo.photo import PhotoError, read_photo
 from fpn.weights import transfer
 from tests.reference.process_memory import reset_peak_resident, resident
