@@ -23,7 +23,6 @@ def build_fpn(
     variant: str,
     weights: str | Path | Mapping[str, Any] | None = None,
     *,
-    weights_key: str | None = None,
     trainable_layers: int = 5,
     norm_layer: NormLayer | type[nn.GroupNorm] = nn.BatchNorm2d,
     neck_norm_layer: NormLayer | type[nn.GroupNorm] | None = None,
@@ -32,6 +31,7 @@ def build_fpn(
     smooth_top: bool = False,
     extra: Literal["maxpool", "p6p7", "p6p7_on_p5"] | ExtraFactory | None = None,
     trunk: Mapping[str, Any] | None = None,
+    weights_key: str | None = None,
 ) -> FPN:
     """An FPN over the trunk `variant` of `fpn.resnet.VARIANTS`.
 
@@ -40,7 +40,6 @@ def build_fpn(
             ("IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT"); the path of a checkpoint, or its state dict. A classifier's
             checkpoint fills the trunk. One of a whole FPN or of a detector must fit the model; `fpn.from_checkpoint`
             builds the model that fits.
-        weights_key: which of several models in a checkpoint, as `fpn.weights.read_checkpoint` takes it: "model_ema".
         trainable_layers: 0 to 5: how many of layer4, layer3, layer2, layer1 and the stem are trained, from the top.
             The parameters and batch norm of the others are frozen, as torchvision's `trainable_backbone_layers`
             says. Default 5.
@@ -51,6 +50,7 @@ def build_fpn(
         out_channels: channels of every level.
         upsample, smooth_top, extra: as `FPN`.
         trunk: further options of `fpn.resnet.ResNet`, e.g. `{"stride_in_1x1": True}`.
+        weights_key: which of several models in a checkpoint, as `fpn.weights.read_checkpoint` takes it: "model_ema".
 
     Returns:
         The model, Tensor[N, 3, H, W] -> (P2, P3, P4, P5), and the levels of `extra`.
