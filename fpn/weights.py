@@ -18,7 +18,7 @@ from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_checkpoint, read_file
 from fpn.checkpoints.imagenet import imagenet_checkpoint
 from fpn.checkpoints.namings import Names
-from fpn.checkpoints.recognition import match_all, statistics_folded_in, the_one_naming
+from fpn.checkpoints.recognition import beside_trunk, match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.transfer import load_matched, transfer
 from fpn.levels import P6P7
 from fpn.resnet import Bottleneck
@@ -61,11 +61,9 @@ def load_weights(
     names = the_one_naming(state)
     if names.naming.affine:
         state |= statistics_folded_in(state, names)
-    beside = [name for name in state if names.ours(name) is None and not names.is_head(name)]
-    if not names.naming.has_pyramid:  # a trunk may lie among entries of anything
+    if beside := beside_trunk(state, names):
         state = {name: value for name, value in state.items() if name not in set(beside)}
-        if beside:
-            warn(f"{source} has entries that are not of the trunk, and were not loaded: {some(beside)}")
+        warn(f"{source} has entries that are not of the trunk, and were not loaded: {some(beside)}")
     try:
         report = match_all(model.state_dict(), state, names)
     except CheckpointError as error:

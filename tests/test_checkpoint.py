@@ -473,13 +473,24 @@ def test_what_is_no_fpn(state: State, message: str) -> None:
 
 
 @pytest.mark.torchvision
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "vgg11", "mobilenet_v3_large", "densenet121", "vit_b_16"])
+@pytest.mark.parametrize("name", ["vgg11", "mobilenet_v3_large", "densenet121", "vit_b_16"])
 def test_torchvisions_other_models_are_refused(name: str) -> None:
     from torchvision.models import get_model
 
-    options = {"weights_backbone": None} if "deeplab" in name else {}
     with pytest.raises(CheckpointError, match=r"unexpected|not the checkpoint"):
-        from_checkpoint(get_model(name, weights=None, **options).state_dict())
+        from_checkpoint(get_model(name, weights=None).state_dict())
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
+def test_the_trunk_of_torchvisions_segmentation_models(name: str) -> None:
+    from torchvision.models import get_model
+
+    source = get_model(name, weights=None, weights_backbone=None, aux_loss=True)
+    trunk = from_checkpoint(source.state_dict()).bottom_up.state_dict()
+    expected = source.backbone.state_dict()
+    assert all(torch.equal(trunk[key], value) for key, value in expected.items())
+    assert trunk.keys() == expected.keys()
 
 
 def test_two_models_in_one_checkpoint() -> None:

@@ -8,6 +8,7 @@ import datetime
 import gzip
 import pathlib
 import tarfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,99 @@ def test_a_file_that_is_written_to_later_changes_nothing(tmp_path: Path) -> None
     state = read_checkpoint(path)
     path.write_bytes(bytes(path.stat().st_size))
     assert_same(state)
+
+
+# --- trunks inside other models
+
+
+def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def trunks() -> tuple[dict[str, Tensor], dict[str, Tensor], nn.Module]:
+    torch.manual_seed(0)
+    one, other = resnet.resnet18(), resnet.resnet18()
+    return one.state_dict(), other.state_dict(), nn.Sequential(*one.children())
+
+
+TRUNK, ANOTHER, CHILDREN = trunks()
+HEAD = torch.ones(3, 512)
+# As the sources name them; what is beside the trunk is shortened to an entry or two.
+MODELS: dict[str, dict[str, Any]] = {
+    "DETR": {**under("backbone.0.body.", TRUNK), "transformer.encoder.0.weight": HEAD, "input_proj.weight": HEAD},
+    "torchvision's DeepLab": {
+        **under("backbone.", TRUNK),
+        "classifier.0.convs.0.0.weight": HEAD,
+        "aux_classifier.0.weight": HEAD,
+    },
+    "segmentation_models_pytorch": {**under("encoder.", TRUNK), "decoder.blocks.0.conv1.0.weight": HEAD},
+    "MoCo 1 and 2": {
+        "state_dict": {
+            **under("module.encoder_q.", TRUNK),
+            **under("module.encoder_k.", ANOTHER),
+            "module.encoder_q.fc.0.weight": HEAD,
+            "module.queue": HEAD,
+            "module.queue_ptr": torch.zeros(1, dtype=torch.long),
+        },
+        "epoch": 200,
+    },
+    "MoCo 3": {
+        **under("module.base_encoder.", TRUNK),
+        **under("module.momentum_encoder.", ANOTHER),
+        "module.predictor.0.weight": HEAD,
+    },
+    "SwAV": {**under("module.", TRUNK), "module.projection_head.0.weight": HEAD, "module.prototypes.weight": HEAD},
+    "DINO": {
+        "student": under("module.backbone.", ANOTHER),
+        "teacher": {**under("backbone.", TRUNK), "head.last_layer.weight_g": HEAD},
+    },
+    "VICReg, Barlow Twins": {"model": {**under("module.backbone.", TRUNK), "module.projector.0.weight": HEAD}},
+    "nn.Sequential": CHILDREN.state_dict(),
+    "nn.Sequential in a model": {**under("features.", CHILDREN.state_dict()), "head.weight": HEAD},
+    "a head of any name": {**TRUNK, "my_head.weight": HEAD},
+    "Lightning": {
+        "state_dict": {**under("model.", TRUNK), "model.fc.weight": HEAD, "criterion.weight": HEAD},
+        "epoch": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_trunk_of_another_model(name: str) -> None:
+    model = fpn.from_checkpoint(MODELS[name])
+    assert_same(model.bottom_up.state_dict(), TRUNK)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the state dict has entries that are not of the trunk")
+        model = fpn.FPN18(weights=MODELS[name])
+    assert_same(model.bottom_up.state_dict(), TRUNK)
+
+
+def test_what_belongs_to_something_else_is_listed() -> None:
+    notes = fpn.from_checkpoint(MODELS["DETR"]).report.notes
+    assert "not of the trunk, and left out: transformer, input_proj" in notes
+    with pytest.warns(UserWarning, match=r"were not loaded: transformer\.encoder\.0\.weight, input_proj\.weight"):
+        fpn.FPN18(weights=MODELS["DETR"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("conv1.weight"),
+        lambda state: state.update(
+            {"conv1.0.weight": state.pop("conv1.weight"), "conv1.3.weight": torch.ones(32, 32, 3, 3)}
+        ),
+        lambda state: state.update({"layer1.0.se.fc1.weight": torch.ones(4, 64, 1, 1)}),
+        lambda state: state.update({"maxpool.0.weight": torch.ones(64, 64, 3, 3)}),
+        lambda state: state.update({"layer5.0.conv1.weight": torch.ones(64, 64, 3, 3)}),
+    ],
+    ids=["no stem", "a deep stem", "attention", "a pooling with weights", "a fifth stage"],
+)
+def test_what_only_looks_like_a_resnet_is_refused(change: Callable[[dict[str, Tensor]], Any]) -> None:
+    state = dict(TRUNK)
+    change(state)
+    for load in (fpn.from_checkpoint, lambda state: fpn.FPN18(weights=state)):
+        with pytest.raises(CheckpointError, match=r"conv1|se\.fc1|maxpool|layer5"):
+            load(state)
 
 
 # --- what is no checkpoint

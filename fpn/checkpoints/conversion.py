@@ -18,7 +18,7 @@ from fpn.checkpoints.description import Extra, describe_pyramid, describe_trunk
 from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_file
 from fpn.checkpoints.matching import COUNTER
-from fpn.checkpoints.recognition import match_all, statistics_folded_in, the_one_naming
+from fpn.checkpoints.recognition import beside_trunk, match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.transfer import load_matched
 from fpn.levels import P6P7
 from fpn.pyramid import FPN
@@ -49,11 +49,11 @@ def from_checkpoint(
     """The FPN that a checkpoint describes, built and loaded strictly, in train mode as any new module.
 
     The source is recognised by its names: torchvision's detectors, detectron2's, mmdetection's, kuangliu/pytorch-fpn,
-    plain ResNet classifiers (torchvision's, timm's, detectron2's ImageNet files) and our own state dicts, with any
-    prefix. Blocks, widths, groups, levels, channels and the kind of norm are read off names and shapes. Batch norm that
-    was frozen in the source is frozen again; all parameters take a gradient (see `fpn.weights.freeze`).
-    Entries of a detector's heads are left out; a classifier has no pyramid, and gets `FPN`'s default with random
-    weights.
+    plain ResNets (torchvision's, timm's, detectron2's ImageNet files, the trunk of any other model, an `nn.Sequential`
+    of its children) and our own state dicts, with any prefix. Blocks, widths, groups, levels, channels and the kind of
+    norm are read off names and shapes. Batch norm that was frozen in the source is frozen again; all parameters take a
+    gradient (see `fpn.weights.freeze`). Entries of heads and of other parts of a model are left out; a trunk has no
+    pyramid, and gets `FPN`'s default with random weights.
 
     Some options are in no name and no shape. The arguments set them; what was assumed is in `model.report`
     and logged at level INFO.
@@ -89,6 +89,8 @@ def from_checkpoint(
     content = find_state_dict(checkpoint, key) if file is None else read_file(file, key)
     state = content.state
     names = the_one_naming(state)
+    beside = beside_trunk(state, names)
+    state = {name: value for name, value in state.items() if name not in set(beside)}
     if names.naming.affine:
         state |= statistics_folded_in(state, names)
     entries = {ours: value for name, value in state.items() if (ours := names.ours(name)) is not None}
@@ -118,6 +120,7 @@ def from_checkpoint(
             f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} "
             f"wide, {trunk['norm_layer'].func.__name__}",
             *content.notes,
+            *((f"not of the trunk, and left out: {', '.join(group_names(beside))}",) if beside else ()),
             *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
             *((f"batch norm without a counter is frozen, as the checkpoint's: {frozen}",) if frozen else ()),
             f"assumed: stride_in_1x1={trunk['stride_in_1x1']}, upsample={model.upsample!r}, "
@@ -127,6 +130,11 @@ def from_checkpoint(
     )
     logger.info("%s", model.report)
     return model
+
+
+def group_names(names: list[str]) -> list[str]:
+    """The modules of some entries: of "decoder.0.weight" and "decoder.1.weight" it is "decoder"."""
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def freeze_uncounted(model: FPN, report: Report) -> str:

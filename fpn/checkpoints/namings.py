@@ -13,6 +13,7 @@ TEXT_FIELDS = {
     "block": r"\d+",
     "index": r"\d",
     "leaf": r"\w+",
+    "rest": r"\d+\..+",
     "trunk": r"(?:conv1|bn1|layer[1-4])\..+",
     "ours": r"(?:bottom_up|lateral|smooth|extra)\..+",
 }
@@ -20,6 +21,7 @@ TEXT_FIELDS = {
 NUMBER_FIELDS = {
     "stage": ("stage", (0, 0, 1)),  # layer1 … layer4
     "res": ("stage", (1, 0, 1)),  # res2 … res5
+    "child": ("stage", (3, 0, 1)),  # 4 … 7, after conv1, bn1, relu and maxpool
     "top": ("top", (0, 0, 1)),  # 0 is the coarsest level, as in `FPN.lateral`
     "fine": ("top", (-1, 1, -1)),  # 0 is the finest level
     "level": ("top", (5, 0, -1)),  # 5 is P5
@@ -123,7 +125,7 @@ def recognise(names: Collection[str]) -> list[Names]:
         assert anchor is not None
         prefixes = [name.removesuffix(anchor) for name in names if ("." + name).endswith("." + anchor)]
         if not naming.has_pyramid:  # what is left of another source's FPN is no classifier
-            prefixes = [prefix for prefix in prefixes if not prefix.endswith(("bottom_up.", "body."))]
+            prefixes = [prefix for prefix in prefixes if not is_part_of_fpn(prefix, names)]
         for candidate in (Names(naming, prefix, levels) for prefix in prefixes for levels in (1, 2, 3, 4)):
             pairs = [(name, ours) for name in names if (ours := candidate.ours(name)) is not None]
             if not naming.has_pyramid or any(ours.startswith("lateral.") for _, ours in pairs):
@@ -134,6 +136,14 @@ def recognise(names: Collection[str]) -> list[Names]:
         if count == best:
             first.setdefault(candidate.prefix, candidate)
     return list(first.values())
+
+
+def is_part_of_fpn(prefix: str, names: Collection[str]) -> bool:
+    """Whether a trunk is called as in an FPN. torchvision's `body` alone may also be the trunk of another model."""
+    if prefix.endswith("body."):
+        around = prefix.removesuffix("body.")
+        return any(name.startswith(around) and not name.startswith(prefix) for name in names)
+    return prefix.endswith("bottom_up.")
 
 
 def convolutions(*names: tuple[str, str], conv: str = "", norm: str | None = None) -> Table:
@@ -294,6 +304,19 @@ NAMINGS = (
         source="a classifier (torchvision, timm)",
         table=(("{trunk}", "bottom_up.{trunk}"),),
         heads=r"{prefix}fc\..*",
+        has_pyramid=False,
+        upsample=None,
+        smooth_top=None,
+        extra=None,
+    ),
+    Naming(
+        source="an nn.Sequential of a ResNet's children",
+        table=(
+            ("0.{leaf}", "bottom_up.conv1.{leaf}"),
+            ("1.{leaf}", "bottom_up.bn1.{leaf}"),
+            ("{child}.{rest}", "bottom_up.layer{stage}.{rest}"),
+        ),
+        heads=r"{prefix}9\.\w+",
         has_pyramid=False,
         upsample=None,
         smooth_top=None,

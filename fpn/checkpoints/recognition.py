@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,9 +16,21 @@ from fpn.checkpoints.namings import Names, recognise
 
 Entries = Mapping[str, Tensor]
 
+# What a ResNet's own parts may be called: entries of these names change its features.
+OF_TRUNK = re.compile(r"(conv1|bn1|gn1|act1|maxpool|stem|layer\d+)\b.*")
+# Encoders that are averaged from another one, in self-supervised training; the other one is taken.
+AVERAGED = ("encoder_k", "momentum_encoder", "target_encoder", "target_network", "key_encoder", "ema")
+
 
 def the_one_naming(state: Entries) -> Names:
+    """The naming and the prefix of the ResNet-FPN, or ResNet, in a state dict; not of an encoder's average.
+
+    Raises:
+        CheckpointError: there is none, or there are several.
+    """
     found = recognise(state)
+    if len(found) > 1:
+        found = [names for names in found if not set(names.prefix.split(".")) & set(AVERAGED)] or found
     if not found:
         raise CheckpointError(
             "not the checkpoint of a ResNet-FPN or of a plain ResNet in the naming of any known source: its "
@@ -29,6 +42,18 @@ def the_one_naming(state: Entries) -> Names:
             + " or ".join(repr(names.prefix) for names in found)
         )
     return found[0]
+
+
+def beside_trunk(state: Entries, names: Names) -> list[str]:
+    """Entries of other parts of the model than a trunk: its neck, its heads, whatever they are called."""
+    if names.naming.has_pyramid:
+        return []
+    unknown = [name for name in state if names.ours(name) is None and not names.is_head(name)]
+    return [name for name in unknown if not is_of_trunk(name, names.prefix)]
+
+
+def is_of_trunk(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and OF_TRUNK.fullmatch(name.removeprefix(prefix)) is not None
 
 
 def statistics_folded_in(state: Entries, names: Names) -> dict[str, Tensor]:
