@@ -19,6 +19,7 @@ from fpn.checkpoints.files import read_checkpoint, read_file
 from fpn.checkpoints.imagenet import imagenet_checkpoint
 from fpn.checkpoints.namings import Names
 from fpn.checkpoints.recognition import beside_trunk, match_all, statistics_folded_in, the_one_naming
+from fpn.checkpoints.relatives import refuse_hidden_relatives
 from fpn.checkpoints.transfer import load_matched, transfer
 from fpn.levels import P6P7
 from fpn.resnet import Bottleneck
@@ -58,6 +59,7 @@ def load_weights(
         path = imagenet_checkpoint(variant, str(weights)) if is_name(weights) else Path(weights)
         source, content = str(path), read_file(path, key)
     state = content.state
+    refuse_hidden_relatives(content.told, None if isinstance(weights, Mapping) else path)
     names = the_one_naming(state)
     if names.naming.affine:
         state |= statistics_folded_in(state, names)

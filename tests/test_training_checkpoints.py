@@ -285,6 +285,45 @@ def test_what_only_looks_like_a_resnet_is_refused(change: Callable[[dict[str, Te
             load(state)
 
 
+@pytest.mark.parametrize("name", ["resnet50d", "resnet50c", "resnet50t", "seresnet50", "ecaresnet50d", "resnetrs50"])
+def test_timms_relatives_that_entries_show(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    with pytest.raises(CheckpointError, match=r"It has a deep stem|It has attention") as caught:
+        fpn.from_checkpoint(timm.create_model(name, pretrained=False).state_dict())
+    assert "timm.create_model(" in str(caught.value)
+
+
+@pytest.mark.parametrize("told", ["arch", "options", "file name"])
+@pytest.mark.parametrize("name", ["resnetblur50", "resnetaa50"])
+def test_timms_relatives_that_entries_do_not_show(tmp_path: Path, name: str, told: str) -> None:
+    """Their features are others, and their entries are a ResNet's: the file has to say what it is."""
+    content, file = {
+        "arch": ({"state_dict": TRUNK, "arch": name}, "c.pth"),
+        "options": ({"state_dict": TRUNK, "args": argparse.Namespace(model=name)}, "c.pth"),
+        "file name": (TRUNK, f"{name}-84f4748f.pth"),
+    }[told]
+    path = save(content, tmp_path / file, "zip")
+    for load in (fpn.from_checkpoint, lambda path: fpn.FPN18(weights=path)):
+        with pytest.raises(CheckpointError, match=f"it is timm's {name}"):
+            load(path)
+
+
+def test_the_way_through_timm_that_the_message_names(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    source = timm.create_model("resnet18d", pretrained=False).eval()
+    path = save(source.state_dict(), tmp_path / "c.pth", "zip")
+    overlay = {"file": str(path)}
+    trunk = timm.create_model(
+        "resnet18d", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True, out_indices=(1, 2, 3, 4)
+    )
+    model = fpn.FPN(trunk).eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model.bottom_up(images)[-1], source.forward_features(images), rtol=0, atol=1e-4)
+        assert len(model(images)) == 4
+
+
 # --- what is no checkpoint
 
 

@@ -21,6 +21,7 @@ AVERAGED = "n_averaged"  # AveragedModel's counter
 FIRST = ("", "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
 LAST = ("teacher", "student", "ema", "model_ema", "state_dict_ema")
 PARTS = ("_parameters", "_buffers", "_modules")  # of a pickled module
+MODEL_NAMES = ("arch", "model", "model_name", "architecture")
 DEEPEST = 8  # keys that lead to a container
 
 
@@ -31,11 +32,13 @@ class Found(NamedTuple):
         key: where it was, such as "checkpoint.model"; empty for the file itself.
         state: names and tensors, without the names of wrappers.
         skipped: what else the file holds, by key and kind.
+        told: the model's name, where the file says it.
     """
 
     key: str
     state: dict[str, Tensor]
     skipped: tuple[str, ...]
+    told: str | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -85,7 +88,17 @@ def find_state_dict(content: Any, key: str | None = None) -> Found:
         beside += [(name, value) for name, value in items(nodes[outer]) if value is not nodes[inner]]
         inner = outer
     skipped = [f"{name} ({kind_of(value)})" for name, value in beside if str(name) not in found]
-    return Found(key, named(found[key]), (*others, *skipped))
+    return Found(key, named(found[key]), (*others, *skipped), name_told(beside))
+
+
+def name_told(beside: list[tuple[Any, Any]]) -> str | None:
+    """The model's name as timm's and torchvision's scripts save it: an entry, or one of the options."""
+    for name, value in beside:
+        options = dict(items(value)) if isinstance(value, Mapping | StandIn) else {}
+        for told in (value if name in MODEL_NAMES else None, *(options.get(word) for word in MODEL_NAMES)):
+            if isinstance(told, str):
+                return told
+    return None
 
 
 def largest_within(path: str, found: Mapping[str, Mapping[str, Any]]) -> int:

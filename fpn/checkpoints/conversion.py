@@ -19,6 +19,7 @@ from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_file
 from fpn.checkpoints.matching import COUNTER
 from fpn.checkpoints.recognition import beside_trunk, match_all, statistics_folded_in, the_one_naming
+from fpn.checkpoints.relatives import refuse_hidden_relatives
 from fpn.checkpoints.transfer import load_matched
 from fpn.levels import P6P7
 from fpn.pyramid import FPN
@@ -88,6 +89,7 @@ def from_checkpoint(
     file = Path(checkpoint) if isinstance(checkpoint, str | Path) else None
     content = find_state_dict(checkpoint, key) if file is None else read_file(file, key)
     state = content.state
+    refuse_hidden_relatives(content.told, file)
     names = the_one_naming(state)
     beside = beside_trunk(state, names)
     state = {name: value for name, value in state.items() if name not in set(beside)}

@@ -13,6 +13,7 @@ from fpn._report import Report
 from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.matching import match_by_name
 from fpn.checkpoints.namings import Names, recognise
+from fpn.checkpoints.relatives import hint
 
 Entries = Mapping[str, Tensor]
 
@@ -85,7 +86,9 @@ def match_all(own: Entries, state: Entries, names: Names) -> Report:
             f"{names.naming.source} has no names for {', '.join(unnamed)}, which the arguments ask for"
         )
     if not report.complete or report.unexpected:
-        raise CheckpointError(f"its names are those of {names.naming.source}, but it is no such model: {report}")
+        raise CheckpointError(
+            f"its names are those of {names.naming.source}, but it is no such model: {report}{hint(report.unexpected)}"
+        )
     return replace(
         report,
         matched={name: other for name, other in theirs.items() if other in report.matched},
