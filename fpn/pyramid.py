@@ -18,6 +18,7 @@ from fpn.inference.fuse import fuse
 from fpn.inference.fused_conv import FusedConv2d
 from fpn.levels import EXTRA_LEVELS, ExtraFactory, make_conv
 from fpn.norm import NormLayer
+from fpn.preprocessing import Preprocessing
 
 UPSAMPLE: dict[str, dict[str, Any]] = {
     "bilinear": {"mode": "bilinear", "align_corners": False},
@@ -50,6 +51,7 @@ class FPN(nn.Module):
         out_channels: channels of every level.
         strides: pixels of the image per cell of every level, extra levels included.
         report: how its checkpoint was loaded; None where none was.
+        preprocessing: what the source of its checkpoint feeds it, an `fpn.preprocessing.Preprocessing`; else None.
         freezing: what `trainable_layers` has frozen, and what of those layers it has left and why; else None.
         fusion: of a model that `fuse` has made: what was fused, and what computes as before and why; else None.
 
@@ -101,6 +103,7 @@ class FPN(nn.Module):
         self.out_channels = out_channels
         self.strides = map_strides + tuple(map_strides[-1] * stride for stride in self.extra.strides)
         self.report: Report | None = None
+        self.preprocessing: Preprocessing | None = None
         self.freezing: Changes | None = None
         self.fusion: Changes | None = None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fpn._freezing import freeze
 from fpn._report import Report
 from fpn.checkpoints.content import find_state_dict
-from fpn.checkpoints.description import describe_trunk
+from fpn.checkpoints.description import describe_images, describe_trunk
 from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_checkpoint, read_file
 from fpn.checkpoints.imagenet import imagenet_checkpoint
@@ -71,9 +71,10 @@ def load_weights(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}. fpn.from_checkpoint builds the model that it describes") from error
     load_matched(model, state, report)
-    order = names.naming.channel_order
-    images = (f"images in {order.upper()}",) if order else ()
-    report = replace(report, notes=(f"from {names.naming.source}", *images, *content.notes))
+    entries = {ours: value for name, value in state.items() if (ours := names.ours(name)) is not None}
+    preprocessing = describe_images(names.naming, describe_trunk(entries, names.naming, None, 1e-5))
+    model.preprocessing = preprocessing  # type: ignore[assignment]
+    report = replace(report, notes=(f"from {names.naming.source}", str(preprocessing), *content.notes))
     if unlike := differences(model, state, names):
         warn(f"{source} is from {names.naming.source}, whose models usually have {', '.join(unlike)}")
     logger.info("%s: %s", source, report)

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from fpn.demo import photo
 from fpn.demo.photo import DEFAULT_PHOTO, PhotoError, model_size, read_photo
+from fpn.preprocessing import IMAGENET
 
 ORIENTATION = 0x0112
 RED, GREEN = (210, 40, 30), (30, 160, 60)
@@ -161,7 +162,7 @@ def test_to_tensor() -> None:
     tensor = photo.to_tensor(two_colors((6, 4)))
     assert tensor.shape == (1, 3, 4, 6)
     assert tensor.dtype == torch.float32
-    expected = [(value / 255 - mean) / std for value, mean, std in zip(GREEN, photo.MEAN, photo.STD, strict=True)]
+    expected = [(value / 255 - mean) / std for value, mean, std in zip(GREEN, IMAGENET.mean, IMAGENET.std, strict=True)]
     torch.testing.assert_close(tensor[0, :, 0, 5], torch.tensor(expected))
 
 

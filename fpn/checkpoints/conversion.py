@@ -14,7 +14,7 @@ from torch import nn
 from fpn._freezing import freeze_norms
 from fpn._report import Report
 from fpn.checkpoints.content import find_state_dict
-from fpn.checkpoints.description import Extra, describe_pyramid, describe_trunk
+from fpn.checkpoints.description import Extra, describe_images, describe_pyramid, describe_trunk
 from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_file
 from fpn.checkpoints.matching import COUNTER
@@ -76,7 +76,7 @@ def from_checkpoint(
         norm_eps: added to the variance in every norm. Default 1e-5, and 0.0 for torchvision's COCO_V1 files by name.
 
     Returns:
-        The model; its attribute `report` is the `fpn.weights.Report`.
+        The model. Its attribute `report` is the `fpn.weights.Report`, and `preprocessing` makes its input of images.
 
     Raises:
         FileNotFoundError, ImportError: as `read_checkpoint`.
@@ -112,8 +112,10 @@ def from_checkpoint(
     load_matched(model, state, report)
     frozen = freeze_uncounted(model, report)
     source_order = names.naming.channel_order or ("bgr" if trunk["stride_in_1x1"] else "rgb")
+    model.preprocessing = describe_images(names.naming, trunk)
     if channel_order not in (None, source_order):
         reverse_channels(model)
+        model.preprocessing = model.preprocessing.reversed()
     told_extra = f"P6P7(relu={model.extra.relu})" if isinstance(model.extra, P6P7) else pyramid["extra"]
     model.report = replace(
         report,
@@ -122,6 +124,7 @@ def from_checkpoint(
             f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} "
             f"wide, {trunk['norm_layer'].func.__name__}",
             *content.notes,
+            str(model.preprocessing),
             *((f"not of the trunk, and left out: {', '.join(group_names(beside))}",) if beside else ()),
             *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
             *((f"batch norm without a counter is frozen, as the checkpoint's: {frozen}",) if frozen else ()),

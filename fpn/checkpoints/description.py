@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from fpn.checkpoints.namings import Naming
 from fpn.checkpoints.recognition import Entries
 from fpn.levels import P6P7, ExtraFactory
 from fpn.norm import GROUP_NORM_GROUPS, FrozenBatchNorm2d
+from fpn.preprocessing import CAFFE, CAFFE_WITH_DEVIATION, IMAGENET, Preprocessing
 from fpn.resnet import STAGE_CHANNELS, BasicBlock, Block, Bottleneck
 
 Extra = Literal["maxpool", "p6p7", "p6p7_on_p5"] | ExtraFactory | None
@@ -117,3 +119,10 @@ def norm_of(entries: Entries, prefix: str, eps: float) -> partial[Any]:
     if "running_mean" in words or "running_var" in words:
         return partial(FrozenBatchNorm2d, eps=eps)
     return partial(nn.GroupNorm, GROUP_NORM_GROUPS, eps=eps)
+
+
+def describe_images(naming: Naming, trunk: Mapping[str, Any]) -> Preprocessing:
+    """What the source feeds such a trunk: Caffe's models, and Detectron's after them, want BGR from 0 to 255."""
+    if naming.channel_order is None and not trunk["stride_in_1x1"]:
+        return IMAGENET
+    return CAFFE_WITH_DEVIATION if trunk["groups"] > 1 else CAFFE

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fpn.preprocessing import IMAGENET, Preprocessing
+
 DEFAULT_PHOTO = Path(__file__).parent / "photos" / "astronaut.jpg"
 
 MAX_PIXELS = 200_000_000  # the largest phone cameras; decoded, about 0.8 GB
@@ -24,10 +26,6 @@ MAX_PIXELS = 200_000_000  # the largest phone cameras; decoded, about 0.8 GB
 SHORTER_SIDE = 800
 LONGER_SIDE = 1333
 MAX_ENLARGEMENT = 2.0  # beyond it there is nothing to see but blur
-
-# Of ImageNet, RGB in 0..1; torchvision's checkpoints expect them.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 _pillow = threading.Lock()
 
@@ -152,7 +150,7 @@ def model_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image, normalised with ImageNet's mean and standard deviation: float32 Tensor[1, 3, H, W]."""
-    rgb = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-    return ((rgb - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None].contiguous()
+def to_tensor(image: Image.Image, preprocessing: Preprocessing = IMAGENET) -> Tensor:
+    """A model's input of an RGB image: float32 Tensor[1, 3, H, W]."""
+    rgb = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
+    return preprocessing(rgb[None]).contiguous()

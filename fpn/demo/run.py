@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn.demo.photo import Photo, to_tensor
+from fpn.preprocessing import IMAGENET
 from fpn.pyramid import FPN
 from roi import MultiScaleRoIPool
 
@@ -86,7 +87,7 @@ def run_model(model: FPN, photo: Photo, boxes: Sequence[Box], calibrate: bool) -
         calibrate: give batch norm the photo's statistics first.
     """
     device = next(model.parameters()).device
-    images = to_tensor(photo.image).to(device)
+    images = to_tensor(photo.image, model.preprocessing or IMAGENET).to(device)
     if calibrate:
         calibrate_batch_norm(model, images)
     else:

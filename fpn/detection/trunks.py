@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpn.preprocessing import IMAGENET
+
 # Children of a classifier that come after its maps, or beside them.
 HEADS = ("avgpool", "classifier", "fc", "head", "heads", "norm", "permute", "flatten", "dropout")
 BESIDE = ("aux1", "aux2", "AuxLogits")
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROBE = 224  # pixels; MaxViT takes no other size
 
 
@@ -63,7 +64,7 @@ class TorchvisionTrunk(nn.Module):
 
 def rescaled(images: Tensor) -> Tensor:
     """Images normalised by ImageNet's means and deviations, as (pixel - 0.5) / 0.5."""
-    mean, deviation = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    mean, deviation = (images.new_tensor(values)[:, None, None] for values in (IMAGENET.mean, IMAGENET.std))
     return (images * deviation + mean - 0.5) / 0.5
 
 

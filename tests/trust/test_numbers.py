@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import roi
-from roi.cupy_path import launch
+from roi.cupy_path import access, launch
 from roi.cupy_path import roi_align_launches as align
 from tests.conftest import ALL_TRUST_CASES
 from tests.cuda_on_cpu import COMPILER, Library, build
@@ -58,12 +58,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """Of the CUDA kernels on the CPU those for float32 that are run here."""
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     pool = [f"roi::roi_pool<float, float, {index}, true, roi::Contiguous<4>>" for index in ("int", "long long")]
-    pool += ["roi::roi_pool_backward_gather<float, float, int, false>"]
-    pool += ["roi::roi_pool_backward_atomic<float, float, long long, false>"]
+    pool += [f"roi::roi_pool_backward_gather<float, float, int, {last}>" for last in ("false", "true")]
+    pool += ["roi::roi_pool_backward_atomic<float, float, long long, roi::Contiguous<1>>"]
     samples = ["roi::roi_align<float, float, roi::Contiguous<4>, false>"]
-    samples += ["roi::roi_align_backward_gather<float, float, false, false>"]
+    samples += [f"roi::roi_align_backward_gather<float, float, {last}, false>" for last in ("false", "true")]
     samples += ["roi::roi_align_backward_atomic<float, float, roi::Contiguous<4>, false>"]
-    return Library(build(folder, "roi_pool", pool), build(folder, "roi_align", samples))
+    copies = [f"roi::transpose<{name}, {name}>" for name in ("float", "int")]
+    return Library(
+        *(build(folder, *kernels) for kernels in (("roi_pool", pool), ("roi_align", samples), ("transpose", copies)))
+    )
 
 
 @pytest.fixture
@@ -75,8 +78,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("kernels")
-def test_the_cuda_kernels_give_the_same_bits_every_time(tally: Counter[str]) -> None:
+@pytest.mark.parametrize("copied", [False, True], ids=["contiguous", "copied"])
+def test_the_cuda_kernels_give_the_same_bits_every_time(
+    copied: bool, tally: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under `torch.use_deterministic_algorithms`, however the threads of a block take turns."""
+    monkeypatch.setattr(access, "copy_pays", lambda work, maps, accesses: copied)
     input, rois = torch.randn(2, 3, 8, 9), ordinary_boxes(30, 2, 8, 9).float()
 
     def outcome() -> list[Tensor]:
@@ -194,7 +201,7 @@ def test_kernels_on_a_map_of_more_than_31_bits_of_cells(monkeypatch: pytest.Monk
     assert sampled.tolist() == [[[[2.5]]]]
     del input
 
-    monkeypatch.setattr(launch, "gradient_maps", lambda *_: [untouched(1, 1, SIDE, SIDE)])
+    monkeypatch.setattr(launch, "zeros", lambda *_: [untouched(1, 1, SIDE, SIDE)])
     shape = (1, 1, SIDE, SIDE, False)
     gradient = cupy_path.roi_pool_backward(output, CORNER, argmax, 1.0, *shape)
     assert gradient[0, 0, -3:, -3:].tolist() == [[0, 0, 0], [0, 1, 2], [0, 3, 4]]
