@@ -264,6 +264,16 @@ def test_lengths_beyond_the_file_take_no_memory(tmp_path: Path, content: bytes) 
     assert grown < 300_000_000
 
 
+def test_a_long_key_of_many_containers_takes_no_memory(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    (tmp_path / "c.pkl").write_bytes(pickle.dumps({"k" * 1_000_000: [[i] for i in range(5000)]}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="no state dict"):
+        read_checkpoint(tmp_path / "c.pkl")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+    assert grown < 300_000_000
+
+
 def test_compressed_archives_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "c.pth")
     with (

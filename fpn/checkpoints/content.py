@@ -22,7 +22,9 @@ FIRST = ("", "state_dict", "model_state_dict", "model_state", "model", "net", "n
 LAST = ("teacher", "student", "ema", "model_ema", "state_dict_ema")
 PARTS = ("_parameters", "_buffers", "_modules")  # of a pickled module
 MODEL_NAMES = ("arch", "model", "model_name", "architecture")
+CONTAINERS = (Mapping, list, tuple, StandIn)
 DEEPEST = 8  # keys that lead to a container
+LONGEST = 200  # characters of such a key: of a hostile one each container under it would have a copy
 
 
 class Found(NamedTuple):
@@ -87,7 +89,7 @@ def find_state_dict(content: Any, key: str | None = None) -> Found:
         outer = above[inner]
         beside += [(name, value) for name, value in items(nodes[outer]) if value is not nodes[inner]]
         inner = outer
-    skipped = [f"{name} ({kind_of(value)})" for name, value in beside if str(name) not in found]
+    skipped = [entry(name, value) for name, value in beside if str(name) not in found]
     return Found(key, named(found[key]), (*others, *skipped), name_told(beside))
 
 
@@ -126,15 +128,17 @@ def containers(content: Any) -> tuple[dict[str, Any], dict[str, str]]:
     waiting: list[tuple[str, Any, str | None]] = [("", content, None)]
     while waiting:
         path, node, outer = waiting.pop()
-        if id(node) in seen or not isinstance(node, Mapping | list | tuple | StandIn):
+        if id(node) in seen or not isinstance(node, CONTAINERS):
             continue
         seen.add(id(node))
         nodes[path] = node
         if outer is not None:
             above[path] = outer
         if path.count(".") < DEEPEST and not is_module(node):
-            inner = [(f"{path}.{name}" if path else str(name), value, path) for name, value in items(node)]
-            waiting += inner[::-1]
+            inner = [(str(name), value) for name, value in items(node) if isinstance(value, CONTAINERS)]
+            waiting += [(f"{path}.{name}".lstrip("."), value, path) for name, value in inner if len(name) <= LONGEST][
+                ::-1
+            ]
     return nodes, above
 
 
@@ -212,6 +216,10 @@ def as_tensor(value: Any) -> Tensor:
     return torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C"))
 
 
+def entry(name: Any, value: Any) -> str:
+    return f"{str(name)[:LONGEST]} ({kind_of(value)[:LONGEST]})"
+
+
 def kind_of(node: Any) -> str:
     return node.name if isinstance(node, StandIn) else type(node).__name__
 
@@ -220,5 +228,5 @@ def listed(content: Any) -> str:
     """What a file without a state dict holds."""
     if not isinstance(content, Mapping) or not content:
         return f"is {kind_of(content)}" if content else f"is an empty {kind_of(content)}"
-    kinds = [f"{name} ({kind_of(value)})" for name, value in content.items()]
+    kinds = [entry(name, value) for name, value in content.items()]
     return f"holds {', '.join(kinds[:5])}" + (f" and {len(kinds) - 5} more" if len(kinds) > 5 else "")
