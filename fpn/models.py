@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec, cast
 
 from torch import nn
 
@@ -32,6 +32,7 @@ def build_fpn(
     extra: Literal["maxpool", "p6p7", "p6p7_on_p5"] | ExtraFactory | None = None,
     trunk: Mapping[str, Any] | None = None,
     weights_key: str | None = None,
+    adapt_channels: bool = False,
 ) -> FPN:
     """An FPN over the trunk `variant` of `fpn.resnet.VARIANTS`.
 
@@ -51,6 +52,8 @@ def build_fpn(
         upsample, smooth_top, extra: as `FPN`.
         trunk: further options of `fpn.resnet.ResNet`, e.g. `{"stride_in_1x1": True}`.
         weights_key: which of several models in a checkpoint, as `fpn.weights.read_checkpoint` takes it: "model_ema".
+        adapt_channels: whether weights for three channels go into a trunk for another number (`trunk={"in_channels":
+            4}`): their sum for one channel, else the weights again and again, times 3 / `in_channels`, as timm has it.
 
     Returns:
         The model, Tensor[N, 3, H, W] -> (P2, P3, P4, P5), and the levels of `extra`.
@@ -68,7 +71,8 @@ def build_fpn(
         norm_layer=neck_norm_layer,
     )
     if weights is not None:
-        model.report = load_weights(model, weights, variant, weights_key)
+        channels = cast(nn.Conv2d, model.bottom_up.get_submodule("conv1")).in_channels if adapt_channels else None
+        model.report = load_weights(model, weights, variant, weights_key, channels)
     model.freezing = freeze(model.bottom_up, trainable_layers)
     return model
 

@@ -17,6 +17,7 @@ from fpn.checkpoints.description import describe_images, describe_trunk
 from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_checkpoint, read_file
 from fpn.checkpoints.imagenet import imagenet_checkpoint
+from fpn.checkpoints.input_channels import adapt_channels
 from fpn.checkpoints.namings import Names
 from fpn.checkpoints.recognition import beside_trunk, match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.relatives import refuse_hidden_relatives
@@ -30,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    model: nn.Module, weights: str | Path | Mapping[str, Tensor], variant: str, key: str | None = None
+    model: nn.Module,
+    weights: str | Path | Mapping[str, Tensor],
+    variant: str,
+    key: str | None = None,
+    in_channels: int | None = None,
 ) -> Report:
     """Loads weights into an FPN; a classifier's weights go into its `bottom_up`.
 
@@ -43,6 +48,7 @@ def load_weights(
             checkpoint file, or what such a file holds.
         variant: the trunk's name in `fpn.resnet.VARIANTS`.
         key: which of several models in a file, as `read_checkpoint` takes it.
+        in_channels: as `fpn.from_checkpoint` takes it.
 
     Returns:
         The report. Entries that belong neither to the model nor to a known head are warned about.
@@ -61,6 +67,8 @@ def load_weights(
     state = content.state
     refuse_hidden_relatives(content.told, None if isinstance(weights, Mapping) else path)
     names = the_one_naming(state)
+    if in_channels is not None:
+        state = adapt_channels(state, names, in_channels)
     if names.naming.affine:
         state |= statistics_folded_in(state, names)
     if beside := beside_trunk(state, names):
@@ -72,9 +80,11 @@ def load_weights(
         raise CheckpointError(f"{source}: {error}. fpn.from_checkpoint builds the model that it describes") from error
     load_matched(model, state, report)
     entries = {ours: value for name, value in state.items() if (ours := names.ours(name)) is not None}
-    preprocessing = describe_images(names.naming, describe_trunk(entries, names.naming, None, 1e-5))
+    trunk = describe_trunk(entries, names.naming, None, 1e-5)
+    preprocessing = describe_images(names.naming, trunk) if trunk["in_channels"] == 3 else None
     model.preprocessing = preprocessing  # type: ignore[assignment]
-    report = replace(report, notes=(f"from {names.naming.source}", str(preprocessing), *content.notes))
+    images = (str(preprocessing),) if preprocessing else ()
+    report = replace(report, notes=(f"from {names.naming.source}", *images, *content.notes))
     if unlike := differences(model, state, names):
         warn(f"{source} is from {names.naming.source}, whose models usually have {', '.join(unlike)}")
     logger.info("%s: %s", source, report)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fpn
+import fpn.weights
 from fpn.command.options import load_model
 from fpn.demo.photo import DEFAULT_PHOTO, read_photo
 from fpn.demo.run import run_model
@@ -85,3 +86,45 @@ def test_the_command_feeds_what_the_source_feeds(tmp_path: Path) -> None:
     with torch.no_grad():
         features, wanted = (trunk.bottom_up(x)[-1] for trunk, x in ((model, inputs[-1]), (expected, caffes(rgb))))
     assert relative_error(features, wanted) < 1e-4
+
+
+# --- another number of channels
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_weights_for_another_number_of_channels(channels: int) -> None:
+    torch.manual_seed(0)
+    state = fpn.resnet.resnet18().state_dict()
+    weight = state["conv1.weight"]
+    models = [
+        fpn.from_checkpoint(state, in_channels=channels),
+        fpn.FPN18(weights=state, trunk={"in_channels": channels}, adapt_channels=True),
+    ]
+    grey = torch.randn(2, 1, 16, 16)
+    expected = torch.nn.functional.conv2d(grey.expand(-1, 3, -1, -1), weight, padding=3)
+    for model in models:
+        conv = model.bottom_up.conv1
+        assert conv.in_channels == channels
+        assert model.preprocessing is None
+        if channels in (1, 6):  # all of the three are there equally often
+            actual = torch.nn.functional.conv2d(grey.expand(-1, channels, -1, -1), conv.weight, padding=3)
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_they_are_timms(channels: int) -> None:
+    manipulate = pytest.importorskip("timm.models._manipulate")
+    torch.manual_seed(0)
+    state = fpn.resnet.resnet18().state_dict()
+    expected = manipulate.adapt_input_conv(channels, state["conv1.weight"])
+    actual = fpn.from_checkpoint(state, in_channels=channels).bottom_up.conv1.weight
+    torch.testing.assert_close(actual.detach(), expected)
+
+
+def test_without_the_option_it_is_an_error() -> None:
+    state = fpn.resnet.resnet18().state_dict()
+    with pytest.raises(fpn.weights.CheckpointError, match=r"conv1\.weight is \(64, 4, 7, 7\), given \(64, 3, 7, 7\)"):
+        fpn.FPN18(weights=state, trunk={"in_channels": 4})
+    four = fpn.from_checkpoint(state, in_channels=4).bottom_up.state_dict()
+    with pytest.raises(fpn.weights.CheckpointError, match="its images have 4 channels"):
+        fpn.from_checkpoint(four, in_channels=5)

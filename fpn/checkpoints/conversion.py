@@ -17,6 +17,7 @@ from fpn.checkpoints.content import find_state_dict
 from fpn.checkpoints.description import Extra, describe_images, describe_pyramid, describe_trunk
 from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_file
+from fpn.checkpoints.input_channels import adapt_channels
 from fpn.checkpoints.matching import COUNTER
 from fpn.checkpoints.recognition import beside_trunk, match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.relatives import refuse_hidden_relatives
@@ -46,6 +47,7 @@ def from_checkpoint(
     extra: Extra | Literal["auto"] = "auto",
     norm_eps: float | None = None,
     key: str | None = None,
+    in_channels: int | None = None,
 ) -> FPN:
     """The FPN that a checkpoint describes, built and loaded strictly, in train mode as any new module.
 
@@ -73,6 +75,8 @@ def from_checkpoint(
             else "maxpool" for torchvision's, detectron2's and mmdetection's, and None for the others.
         key: which of several models in the file: the keys that lead to its state dict, such as "model_ema"; see
             `fpn.weights.read_checkpoint`.
+        in_channels: channels of your images. Default: as the checkpoint's. Other than 3, the first convolution gets the
+            sum of its weights (1), or the weights again and again, times 3 / `in_channels`, as timm has it.
         norm_eps: added to the variance in every norm. Default 1e-5, and 0.0 for torchvision's COCO_V1 files by name.
 
     Returns:
@@ -93,6 +97,8 @@ def from_checkpoint(
     names = the_one_naming(state)
     beside = beside_trunk(state, names)
     state = {name: value for name, value in state.items() if name not in set(beside)}
+    if in_channels is not None:
+        state = adapt_channels(state, names, in_channels)
     if names.naming.affine:
         state |= statistics_folded_in(state, names)
     entries = {ours: value for name, value in state.items() if (ours := names.ours(name)) is not None}
@@ -112,10 +118,10 @@ def from_checkpoint(
     load_matched(model, state, report)
     frozen = freeze_uncounted(model, report)
     source_order = names.naming.channel_order or ("bgr" if trunk["stride_in_1x1"] else "rgb")
-    model.preprocessing = describe_images(names.naming, trunk)
+    model.preprocessing = describe_images(names.naming, trunk) if trunk["in_channels"] == 3 else None
     if channel_order not in (None, source_order):
         reverse_channels(model)
-        model.preprocessing = model.preprocessing.reversed()
+        model.preprocessing = describe_images(names.naming, trunk).reversed()
     told_extra = f"P6P7(relu={model.extra.relu})" if isinstance(model.extra, P6P7) else pyramid["extra"]
     model.report = replace(
         report,
@@ -124,7 +130,7 @@ def from_checkpoint(
             f"{trunk['block'].__name__} × {tuple(trunk['layers'])}, {trunk['groups']} × {trunk['width_per_group']} "
             f"wide, {trunk['norm_layer'].func.__name__}",
             *content.notes,
-            str(model.preprocessing),
+            *((str(model.preprocessing),) if model.preprocessing else ()),
             *((f"not of the trunk, and left out: {', '.join(group_names(beside))}",) if beside else ()),
             *(() if names.naming.has_pyramid else ("the pyramid is new: random weights",)),
             *((f"batch norm without a counter is frozen, as the checkpoint's: {frozen}",) if frozen else ()),
