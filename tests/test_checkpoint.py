@@ -493,6 +493,28 @@ def test_the_trunk_of_torchvisions_segmentation_models(name: str) -> None:
     assert trunk.keys() == expected.keys()
 
 
+@pytest.mark.torchvision
+@pytest.mark.parametrize("extra", ["maxpool", "p6p7"])
+def test_a_detector_of_ours_comes_back_whole(extra: str) -> None:
+    from torchvision.models.detection import FasterRCNN
+
+    from fpn.detection import TorchvisionBackbone
+
+    torch.manual_seed(0)
+    source = fpn.FPN18(extra=extra, upsample="nearest", smooth_top=True)
+    state = FasterRCNN(TorchvisionBackbone(source), num_classes=3).state_dict()
+    for model in (
+        from_checkpoint(state),
+        fpn.FPN18(weights=state, extra=extra, upsample="nearest", smooth_top=True),
+    ):
+        assert model.strides == source.strides
+        assert model.report.complete
+        images = torch.randn(1, 3, 64, 96)
+        with torch.no_grad():
+            for level, expected in zip(model.eval()(images), source.eval()(images), strict=True):
+                torch.testing.assert_close(level, expected)
+
+
 def test_two_models_in_one_checkpoint() -> None:
     state = reference_state("detectron2-r18")
     with pytest.raises(CheckpointError, match=r"several models.*'student\.backbone\.' or 'teacher\.backbone\.'"):

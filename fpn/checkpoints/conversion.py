@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fpn._freezing import freeze_norms
 from fpn._report import Report
@@ -19,6 +19,7 @@ from fpn.checkpoints.errors import CheckpointError
 from fpn.checkpoints.files import read_file
 from fpn.checkpoints.input_channels import adapt_channels
 from fpn.checkpoints.matching import COUNTER
+from fpn.checkpoints.namings import OURS
 from fpn.checkpoints.recognition import beside_trunk, match_all, statistics_folded_in, the_one_naming
 from fpn.checkpoints.relatives import refuse_hidden_relatives
 from fpn.checkpoints.transfer import load_matched
@@ -72,7 +73,8 @@ def from_checkpoint(
         upsample: as `FPN`. Default: "bilinear" for kuangliu's, "nearest" for the frameworks'; for ours and for a
             classifier "nearest" where the coarsest level is smoothed, else "bilinear".
         extra: as `FPN`. "auto": P6 and P7 where the checkpoint has them, without a ReLU between them for mmdetection's;
-            else "maxpool" for torchvision's, detectron2's and mmdetection's, and None for the others.
+            else "maxpool" for torchvision's, detectron2's and mmdetection's, and for ours in torchvision's R-CNNs; None for
+            the others.
         key: which of several models in the file: the keys that lead to its state dict, such as "model_ema"; see
             `fpn.weights.read_checkpoint`.
         in_channels: channels of your images. Default: as the checkpoint's. Other than 3, the first convolution gets the
@@ -103,6 +105,8 @@ def from_checkpoint(
         state |= statistics_folded_in(state, names)
     entries = {ours: value for name, value in state.items() if (ours := names.ours(name)) is not None}
 
+    if extra == "auto" and names.naming is OURS and in_rcnn(state) and not any(e.startswith("extra.") for e in entries):
+        extra = "maxpool"
     if norm_eps is None:
         norm_eps = 0.0 if file is not None and file.name in NORM_EPS_0 else NORM_EPS
     trunk = describe_trunk(entries, names.naming, stride_in_1x1, norm_eps)
@@ -141,6 +145,11 @@ def from_checkpoint(
     )
     logger.info("%s", model.report)
     return model
+
+
+def in_rcnn(state: Mapping[str, Tensor]) -> bool:
+    """Whether it is the state dict of torchvision's R-CNN, which takes a P6; no entry shows a max-pooled one."""
+    return any(name.startswith("rpn.") for name in state)
 
 
 def group_names(names: list[str]) -> list[str]:
