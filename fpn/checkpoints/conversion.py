@@ -73,8 +73,8 @@ def from_checkpoint(
         upsample: as `FPN`. Default: "bilinear" for kuangliu's, "nearest" for the frameworks'; for ours and for a
             classifier "nearest" where the coarsest level is smoothed, else "bilinear".
         extra: as `FPN`. "auto": P6 and P7 where the checkpoint has them, without a ReLU between them for mmdetection's;
-            else "maxpool" for torchvision's, detectron2's and mmdetection's, and for ours in torchvision's R-CNNs; None for
-            the others.
+            else "maxpool" for torchvision's, detectron2's and mmdetection's, and for ours in an R-CNN of torchvision's;
+            None for the others.
         key: which of several models in the file: the keys that lead to its state dict, such as "model_ema"; see
             `fpn.weights.read_checkpoint`.
         in_channels: channels of your images. Default: as the checkpoint's. Other than 3, the first convolution gets the
