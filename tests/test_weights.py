@@ -228,7 +228,7 @@ def test_a_state_dict_is_taken_as_a_file_is() -> None:
     state = classifier_state()
     model = FPN18(weights=state)
     assert equal_states(model.bottom_up, {k: v for k, v in state.items() if not k.startswith("fc.")})
-    assert str(model.report).endswith("from a classifier (torchvision, timm)")
+    assert model.report.notes[0] == "from a classifier (torchvision, timm)"
 
 
 PAPERS = {"upsample": "nearest", "smooth_top": True, "extra": "maxpool"}
@@ -379,5 +379,6 @@ def test_load_weights_returns_the_report(tmp_path: Path) -> None:
     report = load_weights(model, tmp_path / "c.pth", "resnet50")
     assert len(report.matched) == 318
     assert str(report) == (
-        "318 of 318 entries matched by name; 2 unexpected: fc.weight, fc.bias; from a classifier (torchvision, timm)"
+        "318 of 318 entries matched by name; 2 unexpected: fc.weight, fc.bias; from a classifier (torchvision, timm); "
+        "images in RGB, from 0 to 1, less (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225)"
     )
